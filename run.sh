@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# One command for each job; every one first sets up .venv beside this file, once.
+#
+#   ./run.sh setup                          environment and native library, nothing else
+#   ./run.sh train [options]                python caps.py train, e.g. --model alexcaps --epochs 20
+#   ./run.sh test [pytest options]          the tests
+#   ./run.sh ddp [N] [options]              train on N processes (default: one a GPU, else 2) through torchrun
+#   ./run.sh ddp N [torchrun options] -- [options]        ... with --nnodes, --node-rank, --rdzv-endpoint, ...
+#   ./run.sh eval|predict|summary [options] the other modes of caps.py
+#
+# PYTHON names the interpreter that makes .venv (python3). VENV names another environment folder.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=${VENV:-$here/.venv}
+
+fail() { echo "run.sh: $*" >&2; exit 2; }
+
+setup() {
+    local stamp=$venv/.caps-setup
+    [ -x "$venv/bin/python" ] && cmp -s "$stamp" "$here/setup.py" && return
+    local python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+        fail "$python is not Python 3.10 or later; name one: PYTHON=python3.12 ./run.sh ..."
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "cannot make $venv (on Debian: apt install python3-venv)"
+    echo "run.sh: installing into $venv" >&2
+    # The library is built at first use: a build here would need torch before its own installation.
+    CAPS_BUILD=0 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$here[test]" ||
+        fail "pip could not install the packages that setup.py lists"
+    "$venv/bin/python" -c 'import caps; caps.backend()' || fail "caps.py does not start in $venv"
+    cp "$here/setup.py" "$stamp"
+}
+
+ddp() {
+    local gpus processes torchrun_options=() threads
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+    processes=$((gpus > 1 ? gpus : 2))
+    [[ ${1:-} =~ ^[0-9]+$ ]] && { processes=$1; shift; }
+    [ "$processes" -ge 1 ] || fail "ddp $processes: expected at least 1 process"
+    local word
+    for word in "$@"; do
+        [ "$word" = -- ] || continue
+        while [ "$1" != -- ]; do torchrun_options+=("$1"); shift; done
+        shift
+        break
+    done
+    [ ${#torchrun_options[@]} -gt 0 ] || torchrun_options=(--standalone)
+    threads=$(($(nproc) / processes))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+    # What can be refused is refused here, once; and the library is built before the ranks ask for it.
+    "$venv/bin/python" "$here/caps.py" train --check --processes "$processes" "$@"
+    exec "$venv/bin/python" -m torch.distributed.run --nproc-per-node "$processes" --max-restarts 3 \
+        "${torchrun_options[@]}" "$here/caps.py" train "$@"
+}
+
+mode=${1:-help}
+[ $# -eq 0 ] || shift
+case $mode in
+    setup) setup ;;
+    test) setup; cd "$here"; exec "$venv/bin/python" -m pytest "$@" ;;
+    ddp) setup; ddp "$@" ;;
+    train|eval|predict|summary) setup; exec "$venv/bin/python" "$here/caps.py" "$mode" "$@" ;;
+    help|-h|--help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" ;;
+    *) fail "unknown job '$mode'; see ./run.sh help" ;;
+esac
