@@ -22,17 +22,27 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import fcntl
+import functools
 import glob
 import gzip
+import hashlib
+import importlib.util
 import io
 import json
+import logging
 import os
 import pathlib
 import platform
+import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
+import threading
 import time
+import warnings
 import zlib
 
 import numpy as np
@@ -40,6 +50,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
 
 __version__ = "0.1.0"
 CLASSES = 10
@@ -49,56 +60,384 @@ class UserError(Exception):
     """A mistake that the user can mend; the command line prints it as one line and exits with status 2."""
 
 
-# ------------------------------------------------------------------------------------------------ routing
+# -------------------------------------------------------------------------------------------------------------- routing
 
 
-def squash(s, dim=-1):
-    """Shrink each vector to a length below 1 and keep its direction: s · n / (1 + n²), n = |s|.
+def squash(s, dim=-1, backend=None):
+    """squash(s) = s n / (1 + n²) with n = |s| along `dim`: the direction kept, the length in [0, 1).
 
-    [..., D] -> [..., D], D at `dim`. Equation 1 of Sabour, Frosst and Hinton (2017), written so that value and
-    gradient are 0 at s = 0.
+    s [..., D, ...] of any floating dtype -> the same. The gradient at s = 0 is 0.
+    `backend`: "auto", "native" or "torch"; by default the environment's CAPS_BACKEND, else "auto".
+    Raises TypeError for other dtypes. Equation 1 of Sabour, Frosst and Hinton, Dynamic Routing Between Capsules, 2017.
     """
-    n = torch.linalg.vector_norm(s, dim=dim, keepdim=True)
-    return s * (n / (1 + n * n))
+    def native(s):
+        return torch.ops.caps.squash(s.movedim(dim, -1)).movedim(-1, dim)
+
+    return _run(native, functools.partial(_squash, dim=dim), backend, s=s)
 
 
-def routing(votes, iterations=3):
-    """Routing by agreement: votes [B, N, J, D] -> output capsules [B, J, D] after `iterations` >= 1 rounds.
+def routing(votes, iterations=3, backend=None):
+    """Routing by agreement: output capsules v [B, J, D] from votes û [B, N, J, D] of any floating dtype.
 
-    Procedure 1 of Sabour, Frosst and Hinton (2017); the gradient flows through every iteration.
+    The gradient passes through all iterations. Half precision is routed in float32. `backend` as for squash.
+    Raises TypeError for other dtypes and ValueError for other shapes and for iterations < 1.
+    Procedure 1 of Sabour, Frosst and Hinton 2017, with the logits b = 0 at first.
     """
-    logits = votes.new_zeros(votes.shape[:3])
-    for t in range(iterations):
-        coupling = logits.softmax(dim=2)
-        v = squash(torch.einsum("bnj,bnjd->bjd", coupling, votes))
-        if t + 1 < iterations:
-            logits = logits + torch.einsum("bnjd,bjd->bnj", votes, v)
-    return v
+    _check_routing(iterations, votes=(votes, "BNJD"))
+    return _run(lambda votes: torch.ops.caps.routing(votes, iterations)[0],
+                lambda votes: _routing(votes, iterations), backend, votes=votes)
 
 
-def capsule_linear(inputs, weight, iterations=3):
-    """A capsule layer: votes û = W·u, then routing. [B, N, K], [N, J, D, K] -> [B, J, D]."""
-    return routing(torch.einsum("njdk,bnk->bnjd", weight, inputs), iterations)
+def capsule_linear(inputs, weight, iterations=3, backend=None):
+    """Votes û_bij = W_ij u_bi and their routing: inputs u [B, N, K] and weight W [N, J, D, K] -> v [B, J, D].
+
+    The native backend never stores the votes. dtypes, `backend` and errors as for routing; equation 2 of the paper.
+    """
+    _check_routing(iterations, inputs=(inputs, "BNK"), weight=(weight, "NJDK"))
+    return _run(lambda inputs, weight: torch.ops.caps.capsule_linear(inputs, weight, iterations)[0],
+                lambda inputs, weight: _routing(torch.einsum("njdk,bnk->bnjd", weight, inputs), iterations),
+                backend, inputs=inputs, weight=weight)
 
 
 def lengths(capsules):
-    """Length of each capsule, its class score in [0, 1): [B, J, D] -> [B, J]. The gradient at 0 is 0."""
+    """|v| [B, J] of capsules v [B, J, D]; its gradient at v = 0 is 0."""
     return torch.linalg.vector_norm(capsules, dim=-1)
 
 
 class CapsuleLayer(nn.Module):
-    """Capsules [B, in_capsules, in_dim] -> [B, out_capsules, out_dim], routed by agreement."""
+    """Capsules [B, in_capsules, in_dim] -> [B, out_capsules, out_dim] by capsule_linear; weight [N, J, D, K]."""
 
     def __init__(self, in_capsules, in_dim, out_capsules, out_dim, iterations=3):
         super().__init__()
         self.iterations = iterations
-        self.weight = nn.Parameter(0.05 * torch.randn(in_capsules, out_capsules, out_dim, in_dim))
+        self.weight = nn.Parameter(0.1 * torch.randn(in_capsules, out_capsules, out_dim, in_dim))
 
     def forward(self, inputs):
         return capsule_linear(inputs, self.weight, self.iterations)
 
+    def extra_repr(self):
+        return f"weight={list(self.weight.shape)}, iterations={self.iterations}"
 
-# ------------------------------------------------------------------------------------------------- models
+
+def _squash(s, dim=-1):
+    n = torch.linalg.vector_norm(s, dim=dim, keepdim=True)
+    r = torch.where(n > 1, 1 / n.clamp(min=1), n)  # n / (1 + n²) is the same for n and 1 / n, and n² may overflow
+    return s * (r / (1 + r * r))
+
+
+def _routing(votes, iterations):
+    b = votes.new_zeros(votes.shape[:3])
+    for t in range(iterations):
+        c = b.softmax(dim=2)                             # over the output capsules
+        s = torch.einsum("bnj,bnjd->bjd", c, votes)
+        v = _squash(s)
+        if t < iterations - 1:
+            b = b + torch.einsum("bnjd,bjd->bnj", votes, v)
+    return v
+
+
+def _check_routing(iterations, **tensors):
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}, expected at least 1")
+    sizes = {}
+    for name, (tensor, axes) in tensors.items():
+        expected = "[" + ", ".join(f"{axis} = {sizes[axis]}" if axis in sizes else axis for axis in axes) + "]"
+        if tensor.dim() != len(axes) or any(sizes.setdefault(axis, n) != n for axis, n in zip(axes, tensor.shape)):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {expected}")
+
+
+def _run(native, plain, backend, **tensors):
+    """native(*tensors) or plain(*tensors). Half precision is computed in float32 and, but for autocast, given back."""
+    (first, tensor), *others = tensors.items()
+    autocast = torch.is_autocast_enabled(tensor.device.type)
+    for name, other in tensors.items():
+        if not other.is_floating_point():
+            raise TypeError(f"{name} has dtype {other.dtype}, expected a floating point dtype")
+        if other.device != tensor.device:
+            raise ValueError(f"{name} is on {other.device}, expected the device of {first}, {tensor.device}")
+        if other.dtype != tensor.dtype and not autocast:
+            raise TypeError(f"{name} has dtype {other.dtype}, expected that of {first}, {tensor.dtype}")
+    half = autocast or tensor.dtype in (torch.float16, torch.bfloat16)
+    arguments = [t.float() if half and t.dtype != torch.float64 else t for t in tensors.values()]
+    if _native(backend, tensor.device.type):
+        result = native(*arguments)
+    else:
+        with torch.autocast(tensor.device.type, enabled=False):
+            result = plain(*arguments)
+    return result.to(tensor.dtype) if half and not autocast else result
+
+
+# ----------------------------------------------------------------------------------------------------- native extension
+#
+# csrc/ is compiled at first use into a cache folder, or ahead of time by setup.py. CAPS_BACKEND=auto|native|torch
+# chooses, CAPS_CACHE names the folder, CAPS_VERBOSE=1 shows the compiler's output.
+
+_FOLDER = next((f for f in (pathlib.Path(__file__).with_name("csrc"), pathlib.Path(__file__).with_name("caps_csrc")) if f.is_dir()), None)
+_BACKEND = os.environ.get("CAPS_BACKEND", "auto")
+_FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
+_TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11, the oldest whose stable ABI is used
+_LOCK = threading.Lock()
+
+
+def backend(device="cpu"):
+    """("native" or "torch", the reason) for tensors on `device` ("cpu" or "cuda") when the choice is automatic."""
+    able, reason = _available(torch.device(device).type)
+    if _BACKEND == "torch":
+        able, reason = False, "CAPS_BACKEND=torch"
+    return ("native" if able else "torch"), reason
+
+
+def _native(backend, device):
+    """Whether the native operators run for tensors on `device`."""
+    mode = backend or _BACKEND
+    if mode not in ("auto", "native", "torch"):
+        raise ValueError(f"backend is {mode!r}, expected 'auto', 'native' or 'torch'")
+    if mode == "torch" or torch.onnx.is_in_onnx_export():
+        return False
+    able, reason = _available(device)
+    if mode == "native" and not able:
+        raise RuntimeError(f"the native backend cannot be had: {reason}")
+    if mode == "auto":
+        _announce(able, reason)
+    return able
+
+
+# What torch.compiler.assume_constant_result sets, without the second that importing it takes: under torch.compile the
+# library is loaded while tracing, and the answer is a constant of the graph.
+_native._dynamo_marked_constant = True
+
+
+@functools.cache
+def _announce(able, reason):
+    print(f"caps: {'native' if able else 'plain PyTorch'} backend, {reason}", file=sys.stderr)
+
+
+def _available(device):
+    with _LOCK:
+        info, reason = _load()
+    if info and device == "cuda" and info["cuda_architectures"] == "none":
+        return False, "the library was built for the CPU alone: " + (_cuda()[1] or "ahead of time")
+    if device not in ("cpu", "cuda"):
+        return False, f"no native operators for {device}"
+    return info is not None, reason
+
+
+@functools.cache
+def _load():
+    """(build_info, how it was loaded) or (None, why it could not be)."""
+    try:
+        module, reason = _module()
+        if not hasattr(module, "registered"):
+            _register()
+            module.registered = True
+            sys.modules["caps_native"] = module
+        return module.build_info(), reason
+    except Exception as error:
+        if os.environ.get("CAPS_VERBOSE"):
+            raise
+        return None, _first_line(error)
+
+
+def _first_line(error):
+    """Of a compiler's output the first error, else the first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if re.search(r"\berror:", line)), lines[0])
+
+
+def _module():
+    loaded = sys.modules.get("caps_native")
+    if loaded is not None:
+        if _FOLDER and loaded.build_info()["source_hash"] != _source_hash():
+            raise RuntimeError(f"caps_native was imported from {loaded.__file__}, which other sources were built into")
+        return loaded, f"from {loaded.__file__}"
+    if hasattr(torch.ops.caps, "squash"):  # to register them again would abort the process
+        raise RuntimeError("another library has already registered operators under torch.ops.caps")
+    ahead = importlib.util.find_spec("caps_native")
+    if ahead and _matches(pathlib.Path(ahead.origin)):
+        return _import(pathlib.Path(ahead.origin)), f"from {ahead.origin}"
+    if _FOLDER is None:
+        raise RuntimeError("caps_native fits neither this CPU nor this GPU" if ahead else
+                           f"there is neither csrc/ beside {__file__} nor a module caps_native")
+    return _build()
+
+
+def _matches(library):
+    """Whether a library was built from these sources and for this CPU and GPU; asked of its bytes, without loading it."""
+    stamp = re.search(rb"caps-build/(\w+)/(\w+)/([\w.,+]+)/end", library.read_bytes())
+    if not stamp:
+        return False
+    source, cpu, built = (field.decode() for field in stamp.groups())
+    wanted = re.findall(r"\d+\.\d+", _cuda()[0])
+    return (source == _source_hash() or not _FOLDER) and cpu == _cpu() and set(wanted) <= set(built.split(","))
+
+
+def _import(library):
+    spec = importlib.util.spec_from_file_location("caps_native", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _sources():
+    return [str(_FOLDER / name) for name in ("ops.cpp", "cpu.cpp") + (("cuda.cu",) if _cuda()[0] else ())]
+
+
+def _source_hash():
+    files = sorted(_FOLDER.iterdir()) if _FOLDER else []
+    return hashlib.sha256(b"".join(f.name.encode() + f.read_bytes() for f in files if f.is_file())).hexdigest()[:16]
+
+
+@functools.cache
+def _cpu():
+    """A digest of what -march=native depends on."""
+    try:
+        text = next(line for line in open("/proc/cpuinfo") if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        text = platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {text}".encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _cuda():
+    """(architectures, "", CUDA's folder) to compile for, or ("", why the CPU alone, "")."""
+    if torch.version.cuda is None:
+        return "", "this torch has no CUDA", ""
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(f"{a}.{b}" for a, b in sorted(found))
+    if not wanted:
+        return "", "no GPU is present", ""
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", "")] + [
+        os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]))
+    if nvcc is None:
+        return "", "no nvcc on the PATH", ""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)", said)
+    if not release or release[1] != torch.version.cuda.split(".")[0]:
+        return "", f"nvcc is of CUDA {release[1] if release else '?'}, torch of CUDA {torch.version.cuda}", ""
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(\S+)", said)  # nvcc itself knows its folder, also behind links and wrappers
+    return wanted, "", os.path.realpath(top[1]) if top else str(pathlib.Path(os.path.realpath(nvcc)).parents[1])
+
+
+def _defines():
+    architectures = re.sub("[; ]+", ",", _cuda()[0]) or "none"
+    stamp = f"caps-build/{_source_hash()}/{_cpu()}/{architectures}/end"  # no character that a shell would touch
+    return [_TORCH_TARGET, f"-DCAPS_STAMP={stamp}", f"-DCAPS_FLAGS={','.join(_FLAGS)}"]
+
+
+def _compile_arguments():
+    """{"cxx": flags, "nvcc": flags}, as setup.py takes them."""
+    return {"cxx": _FLAGS + _defines(), "nvcc": ["-O3", "-DUSE_CUDA", _TORCH_TARGET]}
+
+
+@contextlib.contextmanager
+def _builder():
+    """torch's builder, in an environment with ninja on the PATH, a bound on compilers, and CUDA's folder and GPUs."""
+    saved = dict(os.environ)
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(pathlib.Path(sys.executable).parent)])
+    os.environ.setdefault("MAX_JOBS", str(min(4, os.cpu_count() or 1)))
+    architectures, _, folder = _cuda()
+    if architectures:
+        os.environ.update(TORCH_CUDA_ARCH_LIST=architectures, CUDA_HOME=folder)
+    else:
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a missing GPU
+    try:
+        from torch.utils import cpp_extension
+        if architectures:
+            cpp_extension.CUDA_HOME = folder
+        yield cpp_extension
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+def _build():
+    """The library out of the cache, compiled first where there is none; one process compiles, the others wait."""
+    arguments = _compile_arguments()
+    key = repr((torch.__version__, torch.version.cuda, sys.implementation.cache_tag, os.environ.get("CXX"), arguments))
+    root = os.environ.get("CAPS_CACHE") or os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions")
+    folder = pathlib.Path(root) / f"caps_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    library, finished = folder / "caps_native.so", folder / "finished"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "caps.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if finished.exists():
+            return _import(library), f"from {library}"
+        (folder / "lock").unlink(missing_ok=True)  # torch's own, left by a build that was killed
+        return _compile(folder, arguments), f"compiled to {library}"
+
+
+def _compile(folder, arguments):
+    import pybind11
+    verbose = bool(os.environ.get("CAPS_VERBOSE"))
+    with _builder() as cpp_extension:
+        compiler = cpp_extension.get_cxx_compiler()
+        if shutil.which(compiler) is None:
+            raise RuntimeError(f"no C++ compiler: {compiler} is not on the PATH")
+        module = cpp_extension.load(
+            "caps_native", _sources(), extra_cflags=arguments["cxx"], extra_cuda_cflags=arguments["nvcc"],
+            extra_include_paths=[pybind11.get_include()], build_directory=str(folder), verbose=verbose)
+    (folder / "finished").touch()
+    return module
+
+
+def _register():
+    """Shapes for tracing, gradients, and float32 under autocast, for the operators that csrc/ops.cpp defines."""
+    library = torch.library
+
+    @library.register_fake("caps::squash")
+    def _(s):
+        return torch.empty_like(s, memory_format=torch.contiguous_format)
+
+    @library.register_fake("caps::squash_backward")
+    def _(grad, s):
+        return torch.empty_like(s, memory_format=torch.contiguous_format)
+
+    @library.register_fake("caps::routing")
+    def _(votes, iterations):
+        B, _, J, D = votes.shape
+        return votes.new_empty(B, J, D), votes.new_empty(iterations, B, J, D)
+
+    @library.register_fake("caps::routing_backward")
+    def _(grad, votes, sums):
+        return torch.empty_like(votes, memory_format=torch.contiguous_format)
+
+    @library.register_fake("caps::capsule_linear")
+    def _(inputs, weight, iterations):
+        B, (_, J, D, _) = inputs.shape[0], weight.shape
+        return inputs.new_empty(B, J, D), inputs.new_empty(iterations, B, J, D)
+
+    @library.register_fake("caps::capsule_linear_backward")
+    def _(grad, inputs, weight, sums):
+        return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (inputs, weight))
+
+    def save(ctx, inputs, output):
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        if isinstance(output, tuple):
+            tensors.append(output[1])
+            ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors)
+
+    def no_double_backward(ctx, *grads):
+        raise RuntimeError("the native operators have no second derivative; use backend='torch'")
+
+    operators = torch.ops.caps
+    library.register_autograd(
+        "caps::squash", lambda ctx, grad: operators.squash_backward(grad, *ctx.saved_tensors), setup_context=save)
+    library.register_autograd(
+        "caps::routing", lambda ctx, grad, _: (operators.routing_backward(grad, *ctx.saved_tensors), None),
+        setup_context=save)
+    library.register_autograd(
+        "caps::capsule_linear",
+        lambda ctx, grad, _: (*operators.capsule_linear_backward(grad, *ctx.saved_tensors), None), setup_context=save)
+    for name in ("squash", "routing", "capsule_linear"):
+        library.register_autograd(f"caps::{name}_backward", no_double_backward)
+        for device in ("cpu", "cuda"):
+            library.register_autocast(f"caps::{name}", device, torch.float32)
+
+
+# --------------------------------------------------------------------------------------------------------------- models
 
 
 class Standardise(nn.Module):
@@ -106,6 +445,30 @@ class Standardise(nn.Module):
 
     def forward(self, images):
         return (images - 0.1307) / 0.3081
+
+
+class SmallMapConv2d(nn.Conv2d):
+    """A padded convolution of stride 1 whose float 2×2 maps go through 9 matrix products instead of mostly padding.
+
+    On a 2×2 map only the 3×3 middle of a kernel meets the image. Along one axis y0 = w1 x0 + w2 x1 and
+    y1 = w0 x0 + w1 x1, which is three products (Karatsuba): w1 (x0 + x1), (w2 - w1) x1 and (w0 - w1) x0; nine in the plane.
+    """
+
+    KERNEL = torch.kron(*[torch.tensor([[0, 1, 0], [0, -1, 1], [1, -1, 0]])] * 2)
+    IMAGE = torch.kron(*[torch.tensor([[1, 1], [0, 1], [1, 0]])] * 2)
+    SUMS = torch.kron(*[torch.tensor([[1, 1, 0], [1, 0, 1]])] * 2)
+
+    def forward(self, x):
+        if x.shape[2:] != (2, 2) or x.is_cuda or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        kernel, image, sums = (t.to(x.dtype) for t in (self.KERNEL, self.IMAGE, self.SUMS))
+        cut = self.padding[0] - 1
+        taps = self.weight[:, :, cut:cut + 3, cut:cut + 3].flatten(2)                       # [out, in, 9]
+        kernels = (kernel @ taps.flatten(0, 1).t()).view(9, *taps.shape[:2])                # [9, out, in]
+        images = (image @ x.permute(2, 3, 0, 1).reshape(4, -1)).view(9, *x.shape[:2])       # [9, B, in]
+        products = torch.bmm(images, kernels.transpose(1, 2))                               # [9, B, out]
+        maps = (sums @ products.flatten(1)).view(2, 2, *products.shape[1:]) + self.bias
+        return maps.permute(2, 3, 0, 1)
 
 
 class PrimaryCapsules(nn.Module):
@@ -145,10 +508,10 @@ class AlexCapsNet(CapsNet):
             nn.Sequential(
                 Standardise(),
                 nn.Conv2d(1, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, stride=2),
-                nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(),
-                nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
-                nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
-                nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(),
+                SmallMapConv2d(64, 192, 5, padding=2), nn.ReLU(),
+                SmallMapConv2d(192, 384, 3, padding=1), nn.ReLU(),
+                SmallMapConv2d(384, 256, 3, padding=1), nn.ReLU(),
+                SmallMapConv2d(256, 256, 3, padding=1), nn.ReLU(),
                 nn.Conv2d(256, 32 * 8, 1),
             ),
             PrimaryCapsules(32, 8),
@@ -201,7 +564,7 @@ def margin_loss(lengths, labels, m_plus=0.9, m_minus=0.1, down_weight=0.5):
     return (target * present + down_weight * (1 - target) * absent).sum(1).mean()
 
 
-# --------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------------------------------- data
 
 DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes and folders
 EMBEDDED = "mnist5k"
@@ -340,7 +703,7 @@ def epoch_plan(count, seed, epoch, rotate, shift):
     return order, (2 * torch.rand(count, 3, generator=generator) - 1) * bound
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# ------------------------------------------------------------------------------------------------------------ processes
 
 
 @dataclasses.dataclass
@@ -393,7 +756,7 @@ def all_sum(world, tensor):
     return tensor
 
 
-# ----------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 EVALUATION_BATCH = 200
 
@@ -543,11 +906,11 @@ def write_results(folder, title, scores, labels, images, summary):
     plot_misclassified(images, scores, labels, title, folder / "misclassified.png")
 
 
-# ------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 # What defines a run: stored in its checkpoint, taken from there on --resume.
 RECIPE = ("model", "dataset", "holdout", "batch_size", "accumulate", "lr", "gamma", "step_size", "iterations", "amp",
-          "rotate", "shift", "seed")
+          "rotate", "shift", "ema", "lr_scale", "warmup", "seed")
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds", "images_per_second",
            "dataset")
 RUN_FILES = ("last.pt", "metrics.csv", "summary.json", "curves.png", "confusion.png", "roc.png", "misclassified.png")
@@ -572,6 +935,7 @@ class Run:
     net: nn.Module  # the model, or DistributedDataParallel around it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: nn.Module  # moving average of the model, or None
     totals: torch.Tensor  # this epoch's summed loss and correct predictions on this process, float64 [2]
     history: list = dataclasses.field(default_factory=list)  # a row of metrics.csv per finished epoch
     position: int = 0  # images of the current epoch that are trained on
@@ -582,6 +946,11 @@ class Run:
     @property
     def epoch(self):
         return len(self.history)
+
+    @property
+    def tested(self):
+        """The model that is evaluated and used: the moving average where there is one."""
+        return self.average.module if self.average else self.model
 
 
 def choose_folder(args, dataset):
@@ -631,7 +1000,9 @@ def find_resume(args):
 def read_checkpoint(path):
     """The dictionary in a checkpoint of this program; tensors and plain values only, code in it is refused."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a foreign pickle is reported below, in one line
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not {"model", "config", "version"} <= checkpoint.keys() or checkpoint["config"]["model"] not in MODELS:
             raise ValueError("it holds something else")
     except FileNotFoundError as error:
@@ -645,6 +1016,8 @@ def read_checkpoint(path):
 def load_model(checkpoint, device):
     config = checkpoint["config"]
     model = MODELS[config["model"]](iterations=config["iterations"]).to(device)
+    if checkpoint["average"]:
+        checkpoint = {"model": {k.removeprefix("module."): v for k, v in checkpoint["average"].items() if k != "n_averaged"}}
     model.load_state_dict(checkpoint["model"])
     return model
 
@@ -674,7 +1047,7 @@ def save_checkpoint(run):
     if run.world.rank == 0:
         content = {
             "version": __version__, "job": JOB, "config": {k: getattr(run.args, k) for k in RECIPE} | {"epochs": run.args.epochs},
-            "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+            "model": run.model.state_dict(), "average": run.average and run.average.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
             "rng": torch.get_rng_state(), "history": run.history, "position": run.position, "steps": run.steps,
             "seconds": run.seconds, "totals": totals.cpu(),
         }
@@ -699,10 +1072,14 @@ def start_run(args, world):
     run = Run(args, world, folder, data.to(world.device), model, net,
               optimizer=torch.optim.Adam(model.parameters(), lr=args.lr, fused=True),
               scaler=torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16"),
+              average=AveragedModel(model, multi_avg_fn=lambda averages, weights, _: torch._foreach_lerp_(
+                  averages, weights, 1 - min(args.ema, (1 + run.steps) / (10 + run.steps)))) if args.ema else None,
               totals=torch.zeros(2, dtype=torch.float64, device=world.device))
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         run.optimizer.load_state_dict(checkpoint["optimizer"])
+        if run.average:
+            run.average.load_state_dict(checkpoint["average"])
         run.scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"])
         for name in ("history", "position", "steps", "seconds"):
@@ -730,6 +1107,8 @@ def train_step(run, index, motion, group):
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
+    if run.average:
+        run.average.update_parameters(run.model)
     run.steps += 1
 
 
@@ -746,8 +1125,6 @@ def train_epoch(run):
     count = len(data.train_images) // world.size * world.size
     order, motion = (t.to(world.device) for t in epoch_plan(len(data.train_images), args.seed, run.epoch, args.rotate,
                                                             args.shift))
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(args, run.epoch)
     seen = torch.zeros(1, dtype=torch.float64, pin_memory=world.device.type == "cuda")
     begun = time.perf_counter() - run.seconds
     run.model.train()
@@ -755,6 +1132,8 @@ def train_epoch(run):
               leave=False, disable=world.rank > 0 or not sys.stderr.isatty()) as bar:
         while run.position < count:
             end = min(run.position + args.batch_size * args.accumulate * world.size, count)
+            for group in run.optimizer.param_groups:
+                group["lr"] = learning_rate(args, world, run.epoch, end / count)
             mine = slice(run.position + world.rank, end, world.size)
             train_step(run, order[mine], motion[mine], end - run.position)
             bar.update(end - run.position)
@@ -774,14 +1153,25 @@ def train_epoch(run):
     return totals[0] / count, totals[1] / count, count / run.seconds
 
 
-def learning_rate(args, epoch):
-    """StepLR: `lr` times `gamma` for every `step_size` epochs that are over."""
-    return args.lr * args.gamma ** (epoch // args.step_size)
+def learning_rate(args, world, epoch, progress):
+    """The rate of a step that ends at `progress` in (0, 1] of `epoch`, counted from 0.
+
+    StepLR, `lr` times `gamma` for every `step_size` epochs that are over; times the power that --lr-scale names of the
+    images a step over 32; rising linearly over the first `warmup` epochs.
+    """
+    scale = (args.batch_size * args.accumulate * world.size / 32) ** {"none": 0, "sqrt": 0.5, "linear": 1}[args.lr_scale]
+    rise = min(1, (epoch + progress) / args.warmup) if args.warmup else 1
+    return args.lr * scale * rise * args.gamma ** (epoch // args.step_size)
 
 
 def train(args):
     """Train until `--epochs`, evaluate after each epoch, and write the run's files."""
     world = start_world(args.device)
+    if args.check:
+        args, _ = settle_resume(args)
+        load_data(args.dataset, args.data_dir, args.holdout)
+        backend(world.device.type)
+        return 0
     run = start_run(args, world)
     args = run.args
     if world.size == 1:  # with more, a process may wait in a collective where no handler runs: there the default ends it
@@ -792,11 +1182,11 @@ def train(args):
     try:
         while run.epoch < args.epochs:
             train_loss, train_accuracy, rate = train_epoch(run)
-            scores = class_scores(run.model, run.data.test_images, world, args.amp)
+            scores = class_scores(run.tested, run.data.test_images, world, args.amp)
             result = measure(scores, run.data.test_labels)
             run.history.append(dict(zip(COLUMNS, (
                 run.epoch + 1, train_loss, train_accuracy, result["test_loss"], result["test_accuracy"],
-                learning_rate(args, run.epoch), run.seconds, rate, args.dataset))))
+                learning_rate(args, world, run.epoch, 1), run.seconds, rate, args.dataset))))
             run.position, run.seconds = 0, 0.0
             run.totals.zero_()
             save_checkpoint(run)
@@ -840,14 +1230,14 @@ def peak_memory(device):
 def environment(world):
     """What every summary.json says of where it was made."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return {"device": name, "world_size": world.size, "routing_backend": "torch", "python": platform.python_version(),
+    return {"device": name, "world_size": world.size, "routing_backend": backend(world.device.type)[0], "python": platform.python_version(),
             "torch": torch.__version__, "version": __version__, "peak_memory_bytes": peak_memory(world.device)}
 
 
 def finish(run):
     """The files of a finished run, from the weights after the last epoch."""
     args, world = run.args, run.world
-    scores = class_scores(run.model, run.data.test_images, world, args.amp)
+    scores = class_scores(run.tested, run.data.test_images, world, args.amp)
     if world.rank:
         return
     result = measure(scores, run.data.test_labels)
@@ -864,7 +1254,7 @@ def finish(run):
           f"{result['macro_auc']:.5f}; files in {run.folder}")
 
 
-# ------------------------------------------------------------------------------------------------------ use
+# ------------------------------------------------------------------------------------------------------------------ use
 
 
 def evaluate(args):
@@ -999,7 +1389,7 @@ def summary(args):
     return 0
 
 
-# --------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -1070,6 +1460,14 @@ def build_parser():
     sub.add_argument("--rotate", type=number(float, 0, 180), default=10.0, metavar="DEGREES",
                      help="bound of the random rotation")
     sub.add_argument("--shift", type=number(float, 0, 14), default=0.0, metavar="PIXELS", help="bound of the random shift")
+    sub.add_argument("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
+                     help="evaluate a moving average of the weights, 0.999 say; 0: the weights themselves")
+    sub.add_argument("--lr-scale", choices=["none", "sqrt", "linear"], default="sqrt" if several else "none",
+                     help="scale --lr with the images a step over 32; sqrt where there are several processes")
+    sub.add_argument("--warmup", type=number(float, 0), default=1.0 if several else 0.0, metavar="EPOCHS",
+                     help="raise the learning rate linearly at first; 1 where there are several processes")
+    sub.add_argument("--check", action="store_true",
+                     help="check options and data, build the native library, and stop, as run.sh ddp does at first")
     sub.add_argument("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order and augmentation")
     sub.add_argument("--out", metavar="DIR", help="folder to write to; by default runs/MODEL-DATASET, numbered if taken")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")

@@ -1,0 +1,334 @@
+"""The CUDA operators against a float64 reference: on a GPU where there is one, and everywhere the same source through
+tests/cuda_shim.h, which runs the kernels' blocks and threads on the CPU."""
+
+import ctypes
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DTYPES = [torch.float32, torch.float64]
+# B, N, K, J, D, T; K = 8, J = 10, D = 16 are the sizes with an instance of their own
+MODEL = [(1, 1, 8, 10, 16, 1), (3, 5, 8, 10, 16, 3), (33, 19, 8, 10, 16, 2), (17, 3, 8, 10, 16, 4)]
+OTHER = [(1, 1, 1, 1, 1, 1), (1, 7, 8, 1, 16, 3), (5, 3, 9, 3, 7, 2), (2, 37, 4, 10, 16, 3), (70, 9, 4, 2, 4, 3),
+         (7, 2, 17, 5, 33, 4), (2, 2, 300, 2, 3, 2), (3, 2, 3, 150, 9, 3), (2, 1, 5, 7, 1, 3)]
+
+
+def squash(s):
+    n = s.norm(dim=-1, keepdim=True)
+    return s * n / (1 + n * n)
+
+
+def reference(votes, iterations):
+    logits, sums = torch.zeros_like(votes[..., 0]), []
+    for _ in range(iterations):
+        sums.append((logits.softmax(2)[..., None] * votes).sum(1))
+        v = squash(sums[-1])
+        logits = logits + (votes * v[:, None]).sum(-1)
+    return v, torch.stack(sums)
+
+
+def gradients(function, arguments, grad):
+    """Output, sums, and gradients of all arguments, in float64."""
+    arguments = [a.double().requires_grad_() for a in arguments]
+    v, sums = function(*arguments)
+    return [v.detach(), sums.detach(), *torch.autograd.grad(v, arguments, grad.double())]
+
+
+def expected_linear(inputs, weight, iterations, grad):
+    return gradients(lambda u, w: reference(torch.einsum("njdk,bnk->bnjd", w, u), iterations), (inputs, weight), grad)
+
+
+def expected_routing(votes, iterations, grad):
+    return gradients(lambda x: reference(x, iterations), (votes,), grad)
+
+
+def close(actual, expected, dtype, factor=1):
+    tolerance = (1e-5 if dtype == torch.float32 else 1e-12) * factor
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected):
+        assert a.shape == e.shape and a.dtype == dtype
+        error = (a.double().cpu() - e.cpu()).norm()
+        assert error <= tolerance * e.cpu().norm(), f"relative error {error / e.cpu().norm():.1e}"
+
+
+def problem(sizes, dtype, seed=0, scale=1.0):
+    B, N, K, J, D, T = sizes
+    random = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=random).to(dtype)
+    return make(B, N, K) * scale, make(N, J, D, K) * 0.3, make(B, N, J, D) * scale, make(B, J, D)
+
+
+# ---- the two ways of running the source ------------------------------------------------------------------------------
+
+
+def compile_shim(output, *flags):
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    include = pathlib.Path(torch.__file__).parent / "include"
+    command = ["g++", "-std=c++20", "-fPIC", "-DCAPS_SHIM", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wall",
+               "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-isystem{include}", str(ROOT / "tests/cuda_shim.cpp"),
+               "-o", str(output), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+class Shim:
+    def __init__(self, path):
+        self.library = ctypes.CDLL(str(path))
+        self.library.shim_error.restype = ctypes.c_char_p
+        self.settings()
+
+    def settings(self, order=0, multiprocessors=4, shared_limit=227 << 10):
+        self.library.shim_settings(order, multiprocessors, shared_limit)
+
+    def call(self, name, dtype, *arguments):
+        arguments = [a if not isinstance(a, torch.Tensor) else ctypes.c_void_p(a.data_ptr()) for a in arguments]
+        suffix = "float32" if dtype == torch.float32 else "float64"
+        if getattr(self.library, f"{name}_{suffix}")(*arguments):
+            raise RuntimeError(self.library.shim_error().decode())
+
+    def run(self, sizes, votes, inputs, weight, grad):
+        """Output, sums and gradients; everything that the kernels have to write begins as NaN."""
+        B, N, K, J, D, T = sizes
+        dtype, nan = grad.dtype, float("nan")
+        n = (ctypes.c_int64 * 6)(B, N, K if votes is None else 0, J, D, T)
+        v, sums = torch.full((B, J, D), nan, dtype=dtype), torch.full((T, B, J, D), nan, dtype=dtype)
+        self.call("forward", dtype, n, votes, inputs, weight, v, sums)
+        source, grad_weight = torch.full_like(votes if votes is not None else inputs, nan), None
+        if votes is None:
+            grad_weight = torch.full_like(weight, nan)
+        self.call("backward", dtype, n, votes, inputs, weight, grad, sums, source, grad_weight)
+        return [v, sums, source] + ([grad_weight] if votes is None else [])
+
+    def linear(self, inputs, weight, iterations, grad):
+        (B, N, K), (_, J, D, _) = inputs.shape, weight.shape
+        return self.run((B, N, K, J, D, iterations), None, inputs, weight, grad)
+
+    def routing(self, votes, iterations, grad):
+        return self.run((*votes.shape[:2], 0, *votes.shape[2:], iterations), votes, None, None, grad)
+
+    def squash(self, s, grad):
+        v, gs = torch.full_like(s, float("nan")), torch.full_like(s, float("nan"))
+        vectors, D = ctypes.c_int64(s[..., 0].numel()), ctypes.c_int64(s.shape[-1])
+        self.call("squash", s.dtype, vectors, D, s, v)
+        self.call("squash_backward", s.dtype, vectors, D, grad, s, gs)
+        return [v, gs]
+
+
+class Gpu:
+    """The registered operators."""
+
+    def __init__(self):
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        import caps
+
+        reason = caps.native_unavailable() if hasattr(caps, "native_unavailable") else None
+        if not hasattr(torch.ops.caps, "capsule_linear"):
+            caps.squash(torch.zeros(1, 1, device="cuda"), backend="native")
+        assert not reason
+
+    def settings(self, **_):
+        pass
+
+    def linear(self, inputs, weight, iterations, grad):
+        inputs, weight, grad = inputs.cuda(), weight.cuda(), grad.cuda()
+        v, sums = torch.ops.caps.capsule_linear(inputs, weight, iterations)
+        return [v, sums, *torch.ops.caps.capsule_linear_backward(grad, inputs, weight, sums)]
+
+    def routing(self, votes, iterations, grad):
+        votes, grad = votes.cuda(), grad.cuda()
+        v, sums = torch.ops.caps.routing(votes, iterations)
+        return [v, sums, torch.ops.caps.routing_backward(grad, votes, sums)]
+
+    def squash(self, s, grad):
+        return [torch.ops.caps.squash(s.cuda()), torch.ops.caps.squash_backward(grad.cuda(), s.cuda())]
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory):
+    return Shim(compile_shim(tmp_path_factory.mktemp("shim") / "libshim.so", "-O2", "-shared"))
+
+
+@pytest.fixture(params=["shim", "gpu"])
+def ops(request):
+    chosen = request.getfixturevalue("shim") if request.param == "shim" else Gpu()
+    chosen.settings()
+    yield chosen
+    chosen.settings()
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", MODEL + OTHER)
+def test_linear(ops, sizes, dtype):
+    inputs, weight, _, grad = problem(sizes, dtype)
+    ops.settings(order=2)
+    close(ops.linear(inputs, weight, sizes[-1], grad), expected_linear(inputs, weight, sizes[-1], grad), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", MODEL + OTHER)
+def test_routing(ops, sizes, dtype):
+    _, _, votes, grad = problem(sizes, dtype)
+    ops.settings(order=2)
+    close(ops.routing(votes, sizes[-1], grad), expected_routing(votes, sizes[-1], grad), dtype)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_sizes(ops, seed):
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=random))
+    model = seed % 3 == 0
+    sizes = (draw(1, 40), draw(1, 25), *((8, 10, 16) if model else (draw(1, 20), draw(1, 12), draw(1, 20))), draw(1, 4))
+    dtype = DTYPES[seed % 2]
+    inputs, weight, votes, grad = problem(sizes, dtype, seed)
+    ops.settings(order=seed, multiprocessors=draw(1, 20))
+    close(ops.linear(inputs, weight, sizes[-1], grad), expected_linear(inputs, weight, sizes[-1], grad), dtype)
+    close(ops.routing(votes, sizes[-1], grad), expected_routing(votes, sizes[-1], grad), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scratch_beyond_shared_memory(shim, dtype):
+    sizes = (9, 5, 6, 40, 30, 3)
+    inputs, weight, votes, grad = problem(sizes, dtype)
+    small = 76 << 10  # less than one block's scratch
+    shim.settings(order=2, shared_limit=small, multiprocessors=2)
+    close(shim.linear(inputs, weight, 3, grad), expected_linear(inputs, weight, 3, grad), dtype)
+    shim.settings(order=2, shared_limit=4 << 10, multiprocessors=2)
+    close(shim.routing(votes, 3, grad), expected_routing(votes, 3, grad), dtype)
+    shim.settings()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unaligned_arrays_of_the_model(ops, dtype):
+    inputs, weight, votes, grad = problem((5, 3, 8, 10, 16, 3), dtype)
+    shift = lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    close(ops.linear(inputs, shift(weight), 3, grad), expected_linear(inputs, weight, 3, grad), dtype)
+    close(ops.routing(shift(votes), 3, grad), expected_routing(votes, 3, grad), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 16), (2, 3, 8), (7, 33), (3, 100), (0, 4)])
+def test_squash(ops, shape, dtype):
+    s, grad = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    x = s.double().requires_grad_()
+    v = squash(x)
+    close(ops.squash(s, grad), [v.detach(), *torch.autograd.grad(v, x, grad.double())], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squash_at_the_edges(ops, dtype):
+    tiny, huge = torch.finfo(dtype).tiny, torch.finfo(dtype).max / 16
+    s = torch.tensor([[0, 0], [tiny, 0], [1e-20, 1e-20], [1e4, -1e4], [huge, huge]], dtype=dtype)
+    v, gs = (x.cpu() for x in ops.squash(s, torch.ones_like(s)))
+    assert v.isfinite().all() and gs.isfinite().all()
+    assert (v[0] == 0).all() and (gs[0] == 0).all()
+    n = s[2].double().norm()  # v = n s; gs = n (g + e (e·g)) = 2 n along s
+    torch.testing.assert_close(gs[2].double(), torch.full((2,), 2 * n, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(v[3:].norm(dim=-1), torch.ones(2, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(5, 6, 8, 10, 16, 3), (5, 6, 4, 3, 5, 3)])
+@pytest.mark.parametrize("scale", [0.0, 1e4, 1e-20])
+def test_zero_huge_tiny(ops, sizes, scale, dtype):
+    inputs, weight, votes, grad = problem(sizes, dtype, scale=scale)
+    for actual, expected in ((ops.linear(inputs, weight, 3, grad), expected_linear(inputs, weight, 3, grad)),
+                             (ops.routing(votes, 3, grad), expected_routing(votes, 3, grad))):
+        if scale == 0:
+            assert all((x == 0).all() for x in actual)
+        elif scale < 1:  # squared in v, far below the smallest float32
+            assert all(x.isfinite().all() for x in actual)
+            close(actual[1:2], expected[1:2], dtype)
+        else:  # a softmax that has all but decided: its rounding errors are as large as the logits'
+            close(actual[:2], expected[:2], dtype, 10)
+            assert all(x.isfinite().all() for x in actual)
+
+
+@pytest.mark.parametrize("sizes", [(21, 6, 8, 10, 16, 3), (21, 6, 4, 3, 5, 3)])
+def test_nan_stays_in_its_sample(ops, sizes):
+    inputs, weight, votes, grad = problem(sizes, torch.float32)
+    clean = [ops.linear(inputs, weight, 3, grad), ops.routing(votes, 3, grad)]
+    inputs[4, 2, 1] = votes[4, 2, 1, 1] = float("nan")
+    others = [b for b in range(sizes[0]) if b != 4]
+    for before, after in zip(clean, [ops.linear(inputs, weight, 3, grad), ops.routing(votes, 3, grad)]):
+        for index in (0, 2):  # the output, and the gradient of inputs or votes
+            assert torch.equal(before[index][others], after[index][others])
+            assert after[index][4].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(0, 3, 8, 10, 16, 2), (3, 0, 8, 10, 16, 2), (0, 0, 4, 3, 2, 3), (0, 2, 4, 3, 2, 1)])
+def test_empty(ops, sizes, dtype):
+    inputs, weight, votes, grad = problem(sizes, dtype)
+    for actual in (ops.linear(inputs, weight, sizes[-1], grad), ops.routing(votes, sizes[-1], grad)):
+        assert all((x == 0).all() for x in actual)
+
+
+@pytest.mark.parametrize("sizes", [(37, 20, 8, 10, 16, 3), (9, 11, 5, 7, 6, 3)])
+def test_repeats_bit_for_bit(ops, sizes):
+    inputs, weight, votes, grad = problem(sizes, torch.float32)
+    runs = []
+    for order in range(4):
+        ops.settings(order=order)
+        runs.append(ops.linear(inputs, weight, 3, grad) + ops.routing(votes, 3, grad))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+
+
+def test_shim_under_sanitizers(tmp_path):
+    program = compile_shim(tmp_path / "shim", "-O1", "-g", "-DCAPS_SHIM_MAIN", "-fsanitize=address,undefined",
+                           "-fno-sanitize-recover=all")
+    environment = dict(os.environ, ASAN_OPTIONS="detect_stack_use_after_return=0:detect_leaks=0")
+    done = subprocess.run([program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "no finding" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float64])
+@pytest.mark.parametrize("sizes", [(2, 3, 8, 10, 16, 3), (3, 4, 3, 2, 5, 2), (1, 1, 1, 1, 1, 4)])
+def test_gradcheck_on_gpu(sizes, dtype):
+    Gpu()
+    import caps
+
+    inputs, weight, votes, _ = (x.cuda().requires_grad_() for x in problem(sizes, dtype))
+    assert torch.autograd.gradcheck(lambda u, w: caps.capsule_linear(u, w, sizes[-1], backend="native"), (inputs, weight))
+    assert torch.autograd.gradcheck(lambda x: caps.routing(x, sizes[-1], backend="native"), (votes,))
+    assert torch.autograd.gradcheck(lambda x: caps.squash(x, backend="native"), (votes,))
+
+
+def test_graph_capture_on_gpu():
+    gpu = Gpu()
+    inputs, weight, votes, grad = (x.cuda() for x in problem((33, 19, 8, 10, 16, 3), torch.float32))
+    eager = gpu.linear(inputs, weight, 3, grad) + gpu.routing(votes, 3, grad)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gpu.linear(inputs, weight, 3, grad) + gpu.routing(votes, 3, grad)
+    for x in captured:
+        x.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(eager, captured))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer(tool):
+    Gpu()
+    if not shutil.which("compute-sanitizer"):
+        pytest.skip("no compute-sanitizer")
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", sys.executable,
+               "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "gpu and (test_linear or test_routing)"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

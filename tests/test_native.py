@@ -1,0 +1,501 @@
+"""The native operators on the CPU, and their loader, against the plain PyTorch version in caps.py."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import caps
+
+ROOT = Path(__file__).parent.parent
+SANITIZED = bool(os.environ.get("CAPS_TEST_SANITIZED"))
+if SANITIZED:
+    caps._FLAGS[:] = ["-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+ops = torch.ops.caps
+
+
+@pytest.fixture(scope="session", autouse=True)
+def native():
+    name, reason = caps.backend()
+    assert name == "native", reason
+
+
+def make(B, N, K, J, D, dtype=torch.float64, scale=0.3):
+    generator = torch.Generator().manual_seed(B + 7 * N + 31 * K + 101 * J + 307 * D)
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return normal(B, N, K), scale * normal(N, J, D, K), normal(B, J, D)
+
+
+def run(function, tensors, grad, backend, **options):
+    """[output, *gradients] of function(*tensors)."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    output = function(*leaves, backend=backend, **options)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+
+def difference(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+def assert_near(actual, expected, tolerance):
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert a.numel() == 0 or difference(a, e) < tolerance, difference(a, e)
+
+
+# B N K J D: the lanes of a vector partly and just filled, one capsule, one dimension, the models' K and D and others
+SIZES = [(1, 1, 1, 1, 1), (2, 40, 8, 10, 16), (4, 5, 8, 10, 16), (16, 16, 16, 16, 16), (17, 37, 8, 10, 16),
+         (33, 64, 8, 3, 16), (5, 7, 3, 4, 5), (20, 50, 12, 7, 20), (40, 9, 33, 3, 6), (19, 130, 4, 100, 8),
+         (18, 33, 8, 1, 16), (3, 150, 8, 10, 16), (129, 3, 2, 2, 3)]
+
+
+# ---- Operators: these also run under the sanitizers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_operators_equal_reference(sizes, iterations):
+    u, w, grad = make(*sizes)
+    votes = torch.einsum("njdk,bnk->bnjd", w, u)
+    for function, tensors in ((caps.capsule_linear, (u, w)), (caps.routing, (votes,))):
+        expected = run(function, tensors, grad, "torch", iterations=iterations)
+        assert_near(run(function, tensors, grad, "native", iterations=iterations), expected, 1e-12)
+        single = [t.float() for t in tensors]
+        exact = run(function, [t.double() for t in single], grad.float().double(), "torch", iterations=iterations)
+        assert_near(run(function, single, grad.float(), "native", iterations=iterations), exact, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5,), (7, 1), (100, 8), (3, 33, 16), (2, 5, 31), (0, 8), (4, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_operators_squash(shape, dtype):
+    s = torch.randn(shape, dtype=torch.float64).to(dtype)
+    grad = torch.randn_like(s)
+    expected = run(caps.squash, [s.double()], grad.double(), "torch")
+    assert_near(run(caps.squash, [s], grad, "native"), expected, 1e-6 if dtype == torch.float32 else 1e-14)
+
+
+def test_operators_squash_along_another_dimension():
+    s, grad = torch.randn(4, 8, 6, dtype=torch.float64), torch.randn(4, 8, 6, dtype=torch.float64)
+    assert_near(run(caps.squash, [s], grad, "native", dim=1), run(caps.squash, [s], grad, "torch", dim=1), 1e-14)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-20, 1e-4, 1.0, 1e4, 1e18, 1e30])
+def test_operators_squash_range(size, backend):
+    s = torch.full((3, 8), size)
+    n = size * 8 ** 0.5
+    output, gradient = run(caps.squash, [s], torch.ones(3, 8), backend)
+    exact = run(caps.squash, [s.double()], torch.ones(3, 8).double(), "torch")
+    assert output.isfinite().all() and gradient.isfinite().all()
+    if backend == "native" or 1e-15 < n < 1e15:
+        assert torch.allclose(output.double(), exact[0], rtol=1e-5, atol=1e-44)
+        assert torch.allclose(gradient.double(), exact[1], rtol=1e-5, atol=1e-44 + 1e-6 * exact[0].abs().max() / max(n, 1e-40))
+
+
+@pytest.mark.parametrize("B", [1, 5, 20])
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e4])
+def test_operators_extreme_inputs(B, scale):
+    u, w, grad = make(B, 30, 8, 10, 16, torch.float32)
+    for tensors in ((u * scale, w), (u, w * scale)):
+        exact = run(caps.capsule_linear, [t.double() for t in tensors], grad.double(), "torch")
+        actual = run(caps.capsule_linear, tensors, grad, "native")
+        assert all(a.isfinite().all() for a in actual)
+        if scale < 1:
+            assert_near(actual, exact, 1e-4)
+        else:
+            assert difference(actual[0], exact[0]) < 1e-4
+
+
+@pytest.mark.parametrize("B", [1, 2, 5, 40])
+def test_operators_keep_nan_in_its_sample(B):
+    u, w, grad = make(B, 37, 8, 10, 16, torch.float32)
+    clean = run(caps.capsule_linear, (u, w), grad, "native")
+    votes = torch.einsum("njdk,bnk->bnjd", w, u)
+    clean_votes = run(caps.routing, (votes,), grad, "native")
+    bad = B // 2
+    others = [b for b in range(B) if b != bad]
+    for value in (float("nan"), float("inf")):
+        u_bad, votes_bad = u.clone(), votes.clone()
+        u_bad[bad, 3, 2] = votes_bad[bad, 3, 2, 1] = value
+        for dirty, reference in ((run(caps.capsule_linear, (u_bad, w), grad, "native"), clean),
+                                 (run(caps.routing, (votes_bad,), grad, "native"), clean_votes)):
+            assert dirty[0][bad].isnan().any() and dirty[1][bad].isnan().any()
+            assert torch.equal(dirty[0][others], reference[0][others])
+            assert torch.equal(dirty[1][others], reference[1][others])
+
+
+def test_operators_keep_samples_apart():
+    u, w, grad = make(37, 50, 8, 10, 16)
+    together = run(caps.capsule_linear, (u, w), grad, "native")
+    for b in (0, 15, 16, 36):
+        alone = run(caps.capsule_linear, (u[b:b + 1], w), grad[b:b + 1], "native")
+        assert_near(alone[:2], [t[b:b + 1] for t in together[:2]], 1e-12)
+
+
+def test_operators_empty():
+    for B, N, J, D, K in ((0, 5, 3, 4, 8), (2, 0, 3, 4, 8), (20, 0, 3, 4, 8), (5, 6, 3, 4, 0), (5, 6, 3, 0, 8), (5, 6, 0, 4, 8)):
+        u, w, grad = make(B, N, K, J, D)
+        actual = run(caps.capsule_linear, (u, w), grad, "native")
+        assert [a.shape for a in actual] == [(B, J, D), u.shape, w.shape]
+        assert all((a == 0).all() for a in actual)
+        output, gradient = run(caps.routing, (torch.zeros(B, N, J, D),), grad.float(), "native")
+        assert output.shape == (B, J, D) and (output == 0).all() and gradient.shape == (B, N, J, D)
+
+
+@pytest.mark.parametrize("B", [2, 20])
+def test_operators_noncontiguous(B):
+    u, w, grad = make(B, 12, 8, 10, 16)
+    strided = u.transpose(0, 1).contiguous().transpose(0, 1), w.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    assert not strided[0].is_contiguous() and not strided[1].is_contiguous()
+    leaves = [t.requires_grad_() for t in strided]
+    output = caps.capsule_linear(*leaves, backend="native")
+    gradients = torch.autograd.grad(output, leaves, grad.transpose(0, 1).contiguous().transpose(0, 1))
+    assert_near([output.detach(), *gradients], run(caps.capsule_linear, (u, w), grad, "native"), 1e-15)
+    wide = torch.randn(6, 40, dtype=torch.float64)[:, ::5]
+    assert torch.equal(caps.squash(wide, backend="native"), caps.squash(wide.contiguous(), backend="native"))
+
+
+@pytest.mark.parametrize("sizes", [(2, 700, 8, 10, 16), (40, 300, 8, 10, 16), (33, 50, 5, 7, 12)], ids=str)
+def test_operators_bitwise_equal_for_any_number_of_threads(sizes):
+    u, w, grad = make(*sizes, torch.float32)
+    votes, before, results = torch.einsum("njdk,bnk->bnjd", w, u), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2, 8):
+            torch.set_num_threads(threads)
+            results.append(run(caps.capsule_linear, (u, w), grad, "native") + run(caps.routing, (votes,), grad, "native"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_operators_name_the_wrong_argument():
+    u, w, grad = make(4, 6, 8, 3, 5, torch.float32)
+    votes, sums = torch.zeros(4, 6, 3, 5), torch.zeros(2, 4, 3, 5)
+    for call, message in (
+            (lambda: ops.capsule_linear(u[0], w, 3), r"inputs has shape \[6, 8\], expected \[B, N, K\]"),
+            (lambda: ops.capsule_linear(u, w[:5], 3), r"weight has shape \[5, 3, 5, 8\], expected \[N, J, D, K\] = \[6, any, any, 8\]"),
+            (lambda: ops.capsule_linear(u, w.double(), 3), "weight has dtype Double, expected that of inputs, Float"),
+            (lambda: ops.capsule_linear(u.long(), w, 3), "inputs has dtype Long, expected Float"),
+            (lambda: ops.capsule_linear(u, w, 0), "iterations is 0, expected at least 1"),
+            (lambda: ops.capsule_linear_backward(grad[:, :2], u, w, sums), r"grad has shape \[4, 2, 5\]"),
+            (lambda: ops.capsule_linear_backward(grad, u, w, sums[:, :3]), r"sums has shape \[2, 3, 3, 5\]"),
+            (lambda: ops.capsule_linear_backward(grad, u, w, sums[:0]), "iterations is 0"),
+            (lambda: ops.routing(votes[0], 3), r"votes has shape \[6, 3, 5\], expected \[B, N, J, D\]"),
+            (lambda: ops.routing_backward(grad.double(), votes, sums), "grad has dtype Double"),
+            (lambda: ops.squash(u.half()), "s has dtype Half"),
+            (lambda: ops.squash(torch.tensor(1.0)), "s has no dimension"),
+            (lambda: ops.squash_backward(grad, u), r"grad has shape \[4, 3, 5\], expected that of s, \[4, 6, 8\]")):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+# ---- The public functions and autograd ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_functions_name_the_wrong_argument(backend):
+    u, w, _ = make(4, 6, 8, 3, 5, torch.float32)
+    for arguments, error, message in (
+            ((u[0], w), ValueError, r"inputs has shape \[6, 8\], expected \[B, N, K\]"),
+            ((u, w[..., :7]), ValueError, r"weight has shape \[6, 3, 5, 7\], expected \[N = 6, J, D, K = 8\]"),
+            ((u, w.double()), TypeError, "weight has dtype torch.float64, expected that of inputs, torch.float32"),
+            ((u.long(), w), TypeError, "inputs has dtype torch.int64, expected a floating"),
+            ((u, w.to("meta")), ValueError, "weight is on meta, expected the device of inputs, cpu"),
+            ((u, w, 0), ValueError, "iterations is 0, expected at least 1")):
+        with pytest.raises(error, match=message):
+            caps.capsule_linear(*arguments, backend=backend)
+    with pytest.raises(ValueError, match="backend is 'cuda', expected"):
+        caps.squash(u, backend="cuda")
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (1, 3, 2, 2, 3), (5, 3, 2, 1, 4), (9, 3, 1, 3, 2), (5, 1, 8, 1, 16)], ids=str)
+def test_gradcheck(sizes, iterations):
+    u, w, _ = make(*sizes, scale=1)
+    votes = torch.einsum("njdk,bnk->bnjd", w, u)
+    assert gradcheck(lambda *t: caps.capsule_linear(*t, iterations, "native"), (u.requires_grad_(), w.requires_grad_()))
+    assert gradcheck(lambda t: caps.routing(t, iterations, "native"), votes.requires_grad_())
+    assert gradcheck(lambda t: caps.squash(t, backend="native"), u)
+
+
+@pytest.mark.parametrize("sizes", [(1, 6, 8, 3, 4), (5, 6, 8, 3, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(sizes, dtype):
+    u, w, grad = (t.requires_grad_() for t in make(*sizes, dtype))
+    votes = torch.einsum("njdk,bnk->bnjd", w, u).detach().requires_grad_()
+    sums = ops.capsule_linear(u, w, 3)[1].detach()
+    for operator, arguments in ((ops.squash, (u,)), (ops.capsule_linear, (u, w, 3)), (ops.routing, (votes, 3)),
+                                (ops.squash, (u.detach().transpose(0, 1).requires_grad_(),))):
+        torch.library.opcheck(operator.default, arguments)
+    detached = [t.detach() for t in (grad, u, w, votes)]
+    torch.library.opcheck(ops.squash_backward.default, (detached[1], detached[1]))
+    torch.library.opcheck(ops.capsule_linear_backward.default, (*detached[:3], sums))
+    torch.library.opcheck(ops.routing_backward.default, (detached[0], detached[3], sums))
+
+
+def test_double_backward_is_refused():
+    u, w, _ = make(3, 4, 8, 3, 4)
+    output = caps.capsule_linear(u.requires_grad_(), w.requires_grad_(), backend="native")
+    gradient, = torch.autograd.grad(output.sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = caps.CapsuleLayer(30, 8, 10, 16)
+
+    def forward(self, x):
+        return caps.lengths(self.layer(caps.squash(x)))
+
+
+def test_compile_and_export():
+    model, x = Model(), torch.randn(6, 30, 8)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True)
+    assert torch.allclose(compiled(x), expected, atol=1e-6)
+    expected.sum().backward()
+    gradient, model.layer.weight.grad = model.layer.weight.grad, None
+    compiled(x).sum().backward()
+    assert torch.allclose(model.layer.weight.grad, gradient, atol=1e-6)
+    program = torch.export.export(model, (x,))
+    assert "caps.capsule_linear" in str(program.graph) and torch.allclose(program.module()(x), expected)
+
+
+def test_layer_learns_on_either_backend_alike():
+    losses = {}
+    for name in ("native", "torch"):
+        torch.manual_seed(0)
+        layer = caps.CapsuleLayer(30, 8, 10, 16)
+        x, target = torch.randn(64, 30, 8), torch.nn.functional.one_hot(torch.arange(64) % 10, 10)
+        optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
+        losses[name] = []
+        for _ in range(50):
+            loss = (caps.lengths(caps.capsule_linear(x, layer.weight, backend=name)) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.item())
+    assert losses["native"] == pytest.approx(losses["torch"], rel=1e-3) and losses["native"][-1] < losses["native"][0] / 2
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_routed_in_float32(backend, dtype):
+    u, w, _ = make(5, 30, 8, 10, 16, dtype)
+    expected = caps.capsule_linear(u.float(), w.float(), backend="torch")
+    output = caps.capsule_linear(u, w, backend=backend)
+    assert output.dtype == dtype and torch.allclose(output.float(), expected, atol=1e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = caps.capsule_linear(u, w.float(), backend=backend)
+        assert output.dtype == torch.float32 and torch.allclose(output, expected, atol=1e-6)
+        assert caps.squash(u, backend=backend).dtype == torch.float32
+        if backend == "native":
+            assert ops.capsule_linear(u, w, 3)[0].dtype == ops.squash(u).dtype == torch.float32
+
+
+def test_lengths_have_a_finite_gradient_at_zero():
+    v = torch.zeros(2, 3, 4, requires_grad=True)
+    caps.lengths(v).sum().backward()
+    assert torch.equal(v.grad, torch.zeros(2, 3, 4))
+
+
+def test_peak_memory():
+    import bench
+    memory = bench.peak_memory("native", "cpu", 128, 1296, backward=True)
+    assert memory < 36 * 2 ** 20, f"{memory / 2 ** 20:.1f} MiB"
+
+
+# ---- Loading: with a kernel file cut short, so that a build takes a few seconds -----------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with caps.py, csrc/ and an empty cache; run(code, **environment) runs code there."""
+    (tmp_path / "csrc").mkdir()
+    shutil.copy(ROOT / "caps.py", tmp_path)
+    for name in ("caps.h", "ops.cpp"):
+        shutil.copy(ROOT / "csrc" / name, tmp_path / "csrc")
+    (tmp_path / "csrc" / "cpu.cpp").write_text('#include "caps.h"\n')
+
+    def environment(**changes):
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("CAPS_") and k != "PYTHONPATH"}
+        return {**inherited, "CAPS_CACHE": str(tmp_path / "cache"), "TORCH_CUDA_ARCH_LIST": "", **changes}
+
+    def run(code, **changes):
+        return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(**changes),
+                              capture_output=True, text=True, timeout=120)
+
+    run.folder, run.environment = tmp_path, environment
+    return run
+
+
+WHICH = "import caps; print(*caps.backend())"
+
+
+def test_loading_builds_once_and_survives_leftovers(checkout):
+    first = checkout(WHICH)
+    assert first.stdout.startswith("native compiled to"), first.stdout + first.stderr
+    again = checkout(WHICH, PATH="/nonexistent")  # needs neither ninja nor a compiler now
+    assert again.stdout.startswith("native from"), again.stdout + again.stderr
+    library = next((checkout.folder / "cache").glob("*/caps_native.so"))
+    library.write_bytes(b"half a library")  # a build that was killed: no mark, torch's lock still there
+    (library.parent / "finished").unlink()
+    (library.parent / "lock").touch()
+    (library.parent / ".ninja_log").unlink(missing_ok=True)
+    killed = checkout(WHICH)
+    assert killed.stdout.startswith("native compiled to"), killed.stdout + killed.stderr
+    with open(checkout.folder / "csrc" / "cpu.cpp", "a") as source:
+        source.write("// changed\n")
+    changed = checkout(WHICH)
+    assert changed.stdout.startswith("native compiled to"), changed.stdout + changed.stderr
+    assert len(list((checkout.folder / "cache").glob("*/caps_native.so"))) == 2
+
+
+def test_loading_by_two_processes_at_once(checkout):
+    start = [subprocess.Popen([sys.executable, "-c", WHICH], cwd=checkout.folder, env=checkout.environment(),
+                              stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(process.communicate(timeout=120)[0].split()[1] for process in start)
+    assert said == ["compiled", "from"]
+
+
+def test_loading_after_a_killed_build(checkout):
+    process = subprocess.Popen([sys.executable, "-c", WHICH], cwd=checkout.folder, env=checkout.environment(),
+                               stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 60
+    while not list(checkout.folder.glob("cache/*/build.ninja")) and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    after = checkout(WHICH)
+    assert after.stdout.startswith("native compiled to"), after.stdout + after.stderr
+
+
+def test_loading_without_ninja_on_the_path(checkout):
+    folder = checkout.folder / "bin"
+    folder.mkdir()
+    for tool in ("c++", "g++", "as", "ld", "sh", "which"):
+        if shutil.which(tool):
+            (folder / tool).symlink_to(shutil.which(tool))
+    if not (Path(sys.executable).parent / "ninja").exists():
+        pytest.skip("no ninja beside the interpreter")
+    result = checkout(WHICH, PATH=str(folder))
+    assert result.stdout.startswith("native compiled to"), result.stdout + result.stderr
+
+
+SQUASH = "import torch, caps; s = torch.ones(2, 3); caps.squash(s); print(caps.squash(s).shape)"
+
+
+def test_loading_without_a_compiler(checkout):
+    result = checkout(SQUASH, CXX="no-such-compiler")
+    assert result.returncode == 0 and "[2, 3]" in result.stdout
+    assert result.stderr == ("caps: plain PyTorch backend, no C++ compiler: no-such-compiler is not on the PATH\n")
+    demanded = checkout(SQUASH, CXX="no-such-compiler", CAPS_BACKEND="native")
+    assert demanded.returncode != 0
+    assert "the native backend cannot be had: no C++ compiler: no-such-compiler is not on the PATH" in demanded.stderr
+    plain = checkout(SQUASH, CXX="no-such-compiler", CAPS_BACKEND="torch")
+    assert plain.returncode == 0 and plain.stderr == ""
+
+
+def test_loading_with_a_compiler_error(checkout):
+    (checkout.folder / "csrc" / "cpu.cpp").write_text("int x = nonsense;\n")
+    result = checkout(SQUASH)
+    assert result.returncode == 0 and "[2, 3]" in result.stdout
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and "plain PyTorch backend" in lines[0] and "nonsense" in lines[0], result.stderr
+
+
+def test_loading_says_nothing_on_import_and_one_line_on_use(checkout):
+    quiet = checkout("import caps; caps.CapsuleLayer(2, 3, 4, 5)")
+    assert quiet.returncode == 0 and quiet.stderr == ""
+    unwritable = checkout(SQUASH, CAPS_CACHE="/proc/nowhere")
+    assert unwritable.returncode == 0 and len(unwritable.stderr.splitlines()) == 1 and "/proc" in unwritable.stderr
+
+
+def test_loading_beside_foreign_operators(checkout):
+    foreign = "import torch; library = torch.library.Library('caps', 'DEF'); library.define('squash(Tensor s) -> Tensor');"
+    result = checkout(foreign + WHICH)
+    assert result.stdout.startswith("torch another library has already registered"), result.stdout + result.stderr
+
+
+def test_loading_a_library_built_ahead(checkout):
+    assert checkout(WHICH).stdout.startswith("native compiled")
+    library = next((checkout.folder / "cache").glob("*/caps_native.so"))
+    ahead = checkout.folder / "caps_native.so"
+    shutil.copy(library, ahead)
+    taken = checkout(WHICH)
+    assert taken.stdout.strip() == f"native from {ahead}", taken.stdout + taken.stderr
+    shutil.move(checkout.folder / "csrc", checkout.folder / "moved")
+    assert checkout(WHICH).stdout.strip() == f"native from {ahead}"
+    other = "import caps; caps._cpu = lambda: 'another'; print(*caps.backend())"
+    assert checkout(other).stdout.startswith("torch caps_native fits neither this CPU")
+    shutil.move(checkout.folder / "moved", checkout.folder / "csrc")
+    with open(checkout.folder / "csrc" / "cpu.cpp", "a") as source:
+        source.write("// changed\n")
+    assert checkout(WHICH).stdout.startswith("native compiled to")
+
+
+def fake_nvcc(folder, release):
+    folder.mkdir()
+    (folder / "nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    (folder / "nvcc").chmod(0o755)
+
+
+def test_cuda_is_left_out_where_it_cannot_be_compiled(checkout):
+    cuda = "import torch, sys; torch.version.cuda = {}; import caps; print(caps._cuda()[:2])"
+    assert "this torch has no CUDA" in checkout(cuda.format(None)).stdout
+    if not torch.cuda.is_available():
+        assert "no GPU is present" in checkout(cuda.format("'13.0'")).stdout
+    fake_nvcc(checkout.folder / "bin", "12.4")
+    path = f"{checkout.folder / 'bin'}:/bin:/usr/bin"
+    said = checkout(cuda.format("'13.0'"), PATH=path, TORCH_CUDA_ARCH_LIST="9.0").stdout
+    assert "nvcc is of CUDA 12, torch of CUDA 13.0" in said
+    assert "('9.0', '')" in checkout(cuda.format("'12.8'"), PATH=path, TORCH_CUDA_ARCH_LIST="9.0").stdout
+    assert "no nvcc" in checkout(cuda.format("'13.0'"), PATH="/nonexistent", TORCH_CUDA_ARCH_LIST="9.0").stdout
+
+
+def test_cuda_folder_is_that_of_nvcc(checkout):
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc")
+    link = checkout.folder / "bin" / "nvcc"
+    link.parent.mkdir()
+    link.symlink_to(shutil.which("nvcc"))
+    code = "import torch; torch.version.cuda = '{}'; import caps; print(caps._cuda()[2])"
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout.split("release ")[1].split(",")[0]
+    said = checkout(code.format(version), PATH=f"{link.parent}:/bin:/usr/bin", TORCH_CUDA_ARCH_LIST="9.0").stdout.strip()
+    assert (Path(said) / "include" / "cuda_runtime.h").exists(), said
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.skipif(not (ROOT / "csrc" / "cuda.cu").exists(), reason="no CUDA source")
+def test_cuda_source_compiles_without_a_warning(tmp_path):
+    from torch.utils.cpp_extension import include_paths
+    includes = [part for path in include_paths() for part in ("-isystem", path)]
+    command = ["nvcc", "-c", str(ROOT / "csrc" / "cuda.cu"), "-o", str(tmp_path / "cuda.o"), "-std=c++20",
+               "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90", "--threads=2",
+               "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC", *includes, *caps._compile_arguments()["nvcc"]]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.sanitizer
+@pytest.mark.skipif(SANITIZED, reason="runs inside itself")
+def test_operators_under_sanitizers(tmp_path):
+    libraries = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+                 for name in ("libasan.so", "libubsan.so")] if shutil.which("g++") else []
+    if not libraries or not all(os.path.isabs(path) for path in libraries):
+        pytest.skip("no sanitizer libraries")
+    environment = {**os.environ, "CAPS_TEST_SANITIZED": "1", "CAPS_CACHE": str(tmp_path), "LD_PRELOAD": ":".join(libraries),
+                   "ASAN_OPTIONS": "detect_leaks=0", "CXX": "g++"}
+    result = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", __file__, "-k", "test_operators and not name_the"],
+                            env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
