@@ -803,6 +803,11 @@ def measure(scores, labels):
     }
 
 
+def verdict(result):
+    auc = "unknown" if result["macro_auc"] is None else f"{result['macro_auc']:.5f}"
+    return f"test accuracy {100 * result['test_accuracy']:.2f} %, macro AUC {auc}"
+
+
 def new_figure(width, height, columns=1, rows=1):
     """A figure in the one style of all plots, and its axes as a flat list."""
     from matplotlib.figure import Figure
@@ -1250,8 +1255,7 @@ def finish(run):
     } | result | environment(world)
     write_results(run.folder, title, scores, run.data.test_labels, run.data.test_images, summary)
     plot_curves({title: run.history}, run.folder / "curves.png")
-    print(f"test accuracy {100 * result['test_accuracy']:.2f} % after epoch {run.epoch}, macro AUC "
-          f"{result['macro_auc']:.5f}; files in {run.folder}")
+    print(f"after epoch {run.epoch}: {verdict(result)}; files in {run.folder}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ use
@@ -1276,8 +1280,7 @@ def evaluate(args):
                         "test_images": len(data.test_images), "amp": args.amp} | result | environment(world)
     write_results(folder, f"{MODELS[config['model']].__name__}, {data.name}", scores, data.test_labels,
                   data.test_images, summary)
-    print(f"{data.note or data.name}\ntest accuracy {100 * result['test_accuracy']:.2f} %, macro AUC "
-          f"{result['macro_auc']:.5f}; files in {folder}")
+    print(f"{data.note or data.name}: {verdict(result)}; files in {folder}")
     return 0
 
 

@@ -1,0 +1,146 @@
+"""Several processes through the real torchrun, gloo on CPUs, on the embedded images."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import caps
+from test_caps import CAPS, command, small, embedded  # noqa: F401  (fixtures)
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "CAPS_DATA"} | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(processes, *words, cwd, program=CAPS, options=("--standalone",), **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options, str(program),
+         *map(str, words)], cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=240)
+
+
+def weights(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["model"]
+
+
+def program(folder, body):
+    """caps.py with `body` run before its main."""
+    path = folder / "program.py"
+    path.write_text(f"import os, sys\nsys.path.insert(0, {os.path.dirname(CAPS)!r})\nimport caps, torch\n{body}\n"
+                    "sys.exit(caps.main())\n")
+    return path
+
+
+DOUBLE = """
+caps.to_float = lambda images: images.unsqueeze(1).double() / 255
+caps.move = lambda images, motion: images
+caps.MODELS["alexcaps"] = lambda **k: caps.AlexCapsNet(**k).double()
+class Rescaps(caps.ResCapsNet):
+    def train(self, mode=True):
+        return super().train(False)
+caps.MODELS["rescaps"] = lambda **k: Rescaps(**k).double()
+"""
+
+
+@pytest.mark.parametrize("model, splits", [("alexcaps", [(1, 24, 1), (4, 6, 1), (2, 4, 3)]),
+                                           ("rescaps", [(1, 4, 1), (2, 1, 2)])])
+def test_the_same_mathematics_in_float64(small, tmp_path, model, splits):  # noqa: F811
+    """Processes × micro-batch × accumulation with the same product give the same weights; BN's statistics frozen."""
+    double = program(tmp_path, DOUBLE + ("" if model == "alexcaps" else """
+load = caps.load_data
+def few(*words):
+    data = load(*words)
+    return caps.Data(data.name, "", data.train_images[:8], data.train_labels[:8], data.test_images[:4], data.test_labels[:4])
+caps.load_data = few"""))
+    results = []
+    for processes, batch, accumulate in splits:
+        out = tmp_path / f"{processes}x{batch}x{accumulate}"
+        result = torchrun(processes, "--model", model, "--dataset", "mnist", "--data-dir", small, "--epochs", 1, "--out", out,
+                          "--batch-size", batch, "--accumulate", accumulate, "--amp", "off", "--lr-scale", "none",
+                          "--warmup", 0, cwd=tmp_path, program=double)
+        assert result.returncode == 0, result.stderr[-3000:]
+        results.append(weights(out))
+    for other in results[1:]:
+        for key, value in results[0].items():
+            torch.testing.assert_close(other[key], value, rtol=1e-7, atol=1e-9)
+
+
+def test_three_processes_measure_what_one_does(small, tmp_path):  # noqa: F811
+    assert command("--dataset", "mnist", "--data-dir", small, "--epochs", 1, "--out", "run", cwd=tmp_path).returncode == 0
+    for processes in (1, 3):
+        result = torchrun(processes, "eval", "--checkpoint", "run/last.pt", "--dataset", "mnist5k", "--out", f"e{processes}",
+                          cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, three = (json.loads((tmp_path / f"e{n}/summary.json").read_text()) for n in (1, 3))
+    assert three["world_size"] == 3 and sum(map(sum, three["confusion"])) == 1000
+    assert all(one[k] == three[k] for k in ("test_accuracy", "test_loss", "confusion", "auc", "macro_auc", "per_class_accuracy"))
+
+
+def test_a_killed_rank_changes_nothing(small, tmp_path):  # noqa: F811
+    words = ["--dataset", "mnist", "--data-dir", small, "--epochs", 2, "--batch-size", 8, "--checkpoint-every", 3]
+    assert torchrun(2, *words, "--out", "whole", cwd=tmp_path).returncode == 0
+    killer = program(tmp_path, """
+step = caps.train_step
+def killing_step(run, *rest):
+    if run.steps == 8 and run.world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), 9)
+    step(run, *rest)
+caps.train_step = killing_step""")
+    result = torchrun(2, *words, "--out", "killed", cwd=tmp_path, program=killer, options=("--standalone", "--max-restarts", "3"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Signal 9" in result.stderr or "exitcode: -9" in result.stderr or "-9" in result.stderr
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[k], killed[k]) for k in whole)
+    assert torch.load(tmp_path / "killed/last.pt", weights_only=True)["steps"] == torch.load(
+        tmp_path / "whole/last.pt", weights_only=True)["steps"]
+
+
+def test_a_rank_that_raises_ends_the_job(small, tmp_path):  # noqa: F811
+    raiser = program(tmp_path, """
+step = caps.train_step
+def raising_step(run, *rest):
+    if run.steps == 2 and run.world.rank == 1:
+        raise ZeroDivisionError("rank one is unwell")
+    step(run, *rest)
+caps.train_step = raising_step""")
+    begun = time.monotonic()
+    result = torchrun(2, "--dataset", "mnist", "--data-dir", small, "--batch-size", 8, "--out", "run", cwd=tmp_path, program=raiser)
+    assert result.returncode != 0 and "rank one is unwell" in result.stderr
+    assert time.monotonic() - begun < 60
+
+
+def test_a_missing_data_set_is_reported_once(tmp_path):
+    result = torchrun(2, "--dataset", "mnist", "--data-dir", tmp_path / "none", cwd=tmp_path)
+    assert result.returncode != 0
+    assert sum(line.startswith("caps: mnist:") for line in result.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+RUN = Path(CAPS).with_name("run.sh")
+SET_UP = (Path(sys.prefix) / ".caps-setup").exists()
+
+
+@pytest.mark.skipif(not SET_UP, reason="this environment was not made by run.sh")
+def test_run_sh_starts_two_machines_that_meet(small, tmp_path):  # noqa: F811
+    import socket
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    agents = [subprocess.Popen(
+        [str(RUN), "ddp", "1", "--nnodes", "2", "--node-rank", str(rank), "--rdzv-backend", "c10d", "--rdzv-id", "t",
+         "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1", "--", "--dataset", "mnist", "--data-dir",
+         str(small), "--epochs", "1", "--out", "run"], cwd=tmp_path, env=ENVIRONMENT | {"VENV": sys.prefix},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    said = [agent.communicate(timeout=200) for agent in agents]
+    assert all(agent.returncode == 0 for agent in agents), said
+    assert json.loads((tmp_path / "run/summary.json").read_text())["world_size"] == 2
+    assert sum(out.count("epoch   1/1") for out, _ in said) == 1
+
+
+@pytest.mark.skipif(not SET_UP, reason="this environment was not made by run.sh")
+def test_run_sh_refuses_before_it_starts(tmp_path):
+    result = subprocess.run([str(RUN), "ddp", "2", "--epochs", "none"], cwd=tmp_path, env=ENVIRONMENT | {"VENV": sys.prefix},
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "--epochs" in result.stderr
