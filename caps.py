@@ -172,7 +172,7 @@ def _run(native, plain, backend, **tensors):
 # csrc/ is compiled at first use into a cache folder, or ahead of time by setup.py. CAPS_BACKEND=auto|native|torch
 # chooses, CAPS_CACHE names the folder, CAPS_VERBOSE=1 shows the compiler's output.
 
-_FOLDER = next((f for f in (pathlib.Path(__file__).with_name("csrc"), pathlib.Path(__file__).with_name("caps_csrc")) if f.is_dir()), None)
+_FOLDER = next((f for f in map(pathlib.Path(__file__).with_name, ("csrc", "caps_csrc")) if f.is_dir()), None)
 _BACKEND = os.environ.get("CAPS_BACKEND", "auto")
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11, the oldest whose stable ABI is used
@@ -262,7 +262,7 @@ def _module():
 
 
 def _matches(library):
-    """Whether a library was built from these sources and for this CPU and GPU; asked of its bytes, without loading it."""
+    """Whether a library is of these sources and for this CPU and GPU; asked of its bytes, without loading it."""
     stamp = re.search(rb"caps-build/(\w+)/(\w+)/([\w.,+]+)/end", library.read_bytes())
     if not stamp:
         return False
@@ -451,7 +451,7 @@ class SmallMapConv2d(nn.Conv2d):
     """A padded convolution of stride 1 whose float 2×2 maps go through 9 matrix products instead of mostly padding.
 
     On a 2×2 map only the 3×3 middle of a kernel meets the image. Along one axis y0 = w1 x0 + w2 x1 and
-    y1 = w0 x0 + w1 x1, which is three products (Karatsuba): w1 (x0 + x1), (w2 - w1) x1 and (w0 - w1) x0; nine in the plane.
+    y1 = w0 x0 + w1 x1, which is three products (Karatsuba): w1 (x0 + x1), (w2 - w1) x1, (w0 - w1) x0; nine in a plane.
     """
 
     KERNEL = torch.kron(*[torch.tensor([[0, 1, 0], [0, -1, 1], [1, -1, 0]])] * 2)
@@ -472,7 +472,7 @@ class SmallMapConv2d(nn.Conv2d):
 
 
 class PrimaryCapsules(nn.Module):
-    """Feature maps [B, types·dim, H, W] -> capsules [B, types·H·W, dim]: the channels of one pixel make a capsule."""
+    """Maps [B, types·dim, H, W] -> squashed capsules [B, types·H·W, dim], each from the channels of one pixel."""
 
     def __init__(self, types, dim):
         super().__init__()
@@ -525,12 +525,12 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+            nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels),
         )
 
     def forward(self, x):
-        return F.relu(x + self.body(x))
+        return self.body(x).add_(x).relu_()  # in place: BN's backward needs its input alone
 
 
 class ResCapsNet(CapsNet):
@@ -541,13 +541,14 @@ class ResCapsNet(CapsNet):
         super().__init__(
             nn.Sequential(
                 nn.Upsample((78, 78), mode="bilinear", align_corners=False),
-                nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+                nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
                 ResidualBlock(32), ResidualBlock(32), ResidualBlock(32),
                 nn.Conv2d(32, 16 * 8, 9, stride=8),
             ),
             PrimaryCapsules(16, 8),
             CapsuleLayer(16 * 9 * 9, 8, num_classes, 16, iterations),
         )
+        self.backbone.to(memory_format=torch.channels_last)  # convolutions with few channels on large maps read pixel by pixel
 
 
 MODELS = {"alexcaps": AlexCapsNet, "rescaps": ResCapsNet}
@@ -576,7 +577,7 @@ IDX_PARTS = {
 
 @dataclasses.dataclass
 class Data:
-    """Images uint8 [n, 28, 28] and labels int64 [n], both wholly on one device. `note` is "" or says what was used instead."""
+    """Images uint8 [n, 28, 28] and labels int64 [n], all on one device. `note` is "" or says what was used instead."""
 
     name: str
     note: str
@@ -596,7 +597,7 @@ def find_idx(folder, stem):
 
 
 def read_idx(path, dims):
-    """An IDX file of unsigned bytes with `dims` axes, raw or gzipped, as a uint8 array. UserError names what is wrong."""
+    """An IDX file of unsigned bytes with `dims` axes, raw or gzipped, as an array. UserError names what is wrong."""
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -615,7 +616,7 @@ def read_idx(path, dims):
 
 
 def read_split(folder, split):
-    """Images and labels of the split "train" or "test" from torchvision's folder of IDX files, checked for consistency."""
+    """Images and labels of the split "train" or "test" from a folder of IDX files, checked against each other."""
     images_path, labels_path = (find_idx(folder, stem) for stem in IDX_PARTS[split])
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
@@ -637,7 +638,8 @@ def load_idx(name, data_dir):
                 getattr(datasets, DATASETS[name])(data_dir, download=True)
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise FileNotFoundError(f"{folder / missing[0]} is not there and cannot be downloaded ({reason})") from error
+            lost = folder / missing[0]
+            raise FileNotFoundError(f"{lost} is not there and cannot be downloaded ({reason.rstrip(':')})") from error
     train, test = read_split(folder, "train"), read_split(folder, "test")
     if len(train[0]) < len(test[0]):
         raise UserError(f"{folder}: the training files hold {len(train[0])} images and the t10k files {len(test[0])}: "
@@ -657,7 +659,7 @@ def load_embedded(note):
 
 
 def load_data(dataset, data_dir, holdout=0):
-    """`dataset` of auto, mnist, mnist5k, fashion, kmnist; the last `holdout` training images may take the test set's place."""
+    """`dataset` as on the command line. The last `holdout` training images may take the test set's place."""
     if dataset == EMBEDDED:
         data = load_embedded("")
     else:
@@ -726,7 +728,7 @@ def start_world(device):
     else:
         here, local = (int(os.environ.get(k, v)) for k, v in (("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         if here > gpus:
-            raise UserError(f"{here} processes on a machine with {gpus} GPU(s): start at most {gpus}, or add --device cpu")
+            raise UserError(f"{here} processes but {gpus} GPU(s): start at most {gpus} here, or add --device cpu")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if size > 1:
@@ -784,7 +786,7 @@ def class_scores(model, images, world, amp="off"):
 
 
 def measure(scores, labels):
-    """Metrics of class scores [n, J] against labels [n]; accuracies are fractions. A class without images has no figure."""
+    """Metrics of class scores [n, J] against labels [n]; accuracies are fractions, None for a class without images."""
     from sklearn import metrics
     loss = margin_loss(scores, labels).item()
     scores, labels = scores.cpu().numpy(), labels.cpu().numpy()
@@ -884,8 +886,7 @@ def plot_misclassified(images, scores, labels, title, path, most=40):
     for axis, i in zip(axes, worst):
         axis.imshow(images[i].cpu(), cmap="gray")
         axis.set_title(f"{labels[i]} as {predicted[i]}\n{right[i]:.2f} < {scores[i].max():.2f}", fontsize=8)
-    figure.suptitle(f"{title}: {len(wrong)} of {len(labels)} wrong, the worst first (true as predicted, capsule lengths)",
-                    fontsize=10)
+    figure.suptitle(f"{title}: {len(wrong)} of {len(labels)} wrong, the worst first", fontsize=10)
     figure.savefig(path)
 
 
@@ -959,7 +960,7 @@ class Run:
 
 
 def choose_folder(args, dataset):
-    """The folder to write to, made if need be. A folder that holds a run is never taken without --overwrite or --resume."""
+    """The folder to write to, made if need be. One that holds a run is not taken without --overwrite or --resume."""
     if args.out is None and not args.resume:
         base = f"runs/{args.model}-{dataset}"
         number = 1
@@ -1014,7 +1015,7 @@ def read_checkpoint(path):
         raise UserError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch.load raises whatever a foreign file leads it to
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a checkpoint of caps.py, or damaged, and nothing of it was run ({reason})") from error
+        raise UserError(f"{path}: not a checkpoint of caps.py, or damaged; nothing of it was run ({reason})") from error
     return checkpoint
 
 
@@ -1022,7 +1023,9 @@ def load_model(checkpoint, device):
     config = checkpoint["config"]
     model = MODELS[config["model"]](iterations=config["iterations"]).to(device)
     if checkpoint["average"]:
-        checkpoint = {"model": {k.removeprefix("module."): v for k, v in checkpoint["average"].items() if k != "n_averaged"}}
+        average = AveragedModel(model)
+        average.load_state_dict(checkpoint["average"])
+        return average.module
     model.load_state_dict(checkpoint["model"])
     return model
 
@@ -1039,8 +1042,8 @@ def settle_resume(args):
     for key, value in checkpoint["config"].items():
         given = getattr(args, key)
         if key in args.given and key != "epochs" and given != value and (key, given) != ("dataset", "auto"):
-            raise UserError(f"--{key.replace('_', '-')} {given}: {args.resume} was trained with {value}; leave the option "
-                            "out, or start a new run")
+            raise UserError(f"--{key.replace('_', '-')} {given}: {args.resume} was trained with {value}; leave the "
+                            "option out, or start a new run")
         if key not in args.given or key != "epochs":
             setattr(args, key, value)
     return args, checkpoint
@@ -1051,10 +1054,12 @@ def save_checkpoint(run):
     totals = all_sum(run.world, run.totals.clone())
     if run.world.rank == 0:
         content = {
-            "version": __version__, "job": JOB, "config": {k: getattr(run.args, k) for k in RECIPE} | {"epochs": run.args.epochs},
-            "model": run.model.state_dict(), "average": run.average and run.average.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-            "rng": torch.get_rng_state(), "history": run.history, "position": run.position, "steps": run.steps,
-            "seconds": run.seconds, "totals": totals.cpu(),
+            "version": __version__, "job": JOB,
+            "config": {key: getattr(run.args, key) for key in (*RECIPE, "epochs")},
+            "model": run.model.state_dict(), "average": run.average and run.average.state_dict(),
+            "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "rng": torch.get_rng_state(),
+            "history": run.history, "position": run.position, "steps": run.steps, "seconds": run.seconds,
+            "totals": totals.cpu(),
         }
         write_atomically(run.folder / "last.pt", lambda path: torch.save(content, path))
 
@@ -1124,7 +1129,7 @@ def check_finite(run, loss):
 
 
 def train_epoch(run):
-    """Show every training image once, from `run.position` on; the last `count mod processes` of the order are left out."""
+    """Show every training image once, from `run.position` on; the last (images mod processes) are left out."""
     from tqdm import tqdm
     args, world, data = run.args, run.world, run.data
     count = len(data.train_images) // world.size * world.size
@@ -1164,7 +1169,8 @@ def learning_rate(args, world, epoch, progress):
     StepLR, `lr` times `gamma` for every `step_size` epochs that are over; times the power that --lr-scale names of the
     images a step over 32; rising linearly over the first `warmup` epochs.
     """
-    scale = (args.batch_size * args.accumulate * world.size / 32) ** {"none": 0, "sqrt": 0.5, "linear": 1}[args.lr_scale]
+    power = {"none": 0, "sqrt": 0.5, "linear": 1}[args.lr_scale]
+    scale = (args.batch_size * args.accumulate * world.size / 32) ** power
     rise = min(1, (epoch + progress) / args.warmup) if args.warmup else 1
     return args.lr * scale * rise * args.gamma ** (epoch // args.step_size)
 
@@ -1179,11 +1185,12 @@ def train(args):
         return 0
     run = start_run(args, world)
     args = run.args
-    if world.size == 1:  # with more, a process may wait in a collective where no handler runs: there the default ends it
+    if world.size == 1:  # with more, a process may wait in a collective, where no handler runs: the default ends it
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: setattr(run, "signal", number))
     if not run.args.resume:
         save_checkpoint(run)
+    scores = None
     try:
         while run.epoch < args.epochs:
             train_loss, train_accuracy, rate = train_epoch(run)
@@ -1200,7 +1207,7 @@ def train(args):
                 print(progress_line(run.history[-1], args.epochs), flush=True)
             if run.signal:
                 raise Stopped
-        finish(run)
+        finish(run, class_scores(run.tested, run.data.test_images, world, args.amp) if scores is None else scores)
     except Stopped:
         print(f"stopped in epoch {run.epoch + 1}; go on with:\n  {resume_command(run)}")
         return 128 + run.signal
@@ -1208,8 +1215,9 @@ def train(args):
 
 
 def progress_line(row, epochs):
-    return (f"epoch {row['epoch']:3d}/{epochs}  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.4f}  "
-            f"test loss {row['test_loss']:.4f} accuracy {row['test_accuracy']:.4f}  lr {row['lr']:.2e}  "
+    return (f"epoch {row['epoch']:3d}/{epochs}  train loss {row['train_loss']:.4f} "
+            f"accuracy {row['train_accuracy']:.4f}  test loss {row['test_loss']:.4f} "
+            f"accuracy {row['test_accuracy']:.4f}  lr {row['lr']:.2e}  "
             f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s")
 
 
@@ -1225,7 +1233,7 @@ def write_metrics(path, rows):
 
 
 def peak_memory(device):
-    """Bytes: of the GPU's allocator, or of this process's resident memory (ru_maxrss is in KiB on Linux, bytes on macOS)."""
+    """Bytes of the GPU's allocator, or of resident memory (ru_maxrss is in KiB on Linux, in bytes on macOS)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -1234,15 +1242,16 @@ def peak_memory(device):
 
 def environment(world):
     """What every summary.json says of where it was made."""
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return {"device": name, "world_size": world.size, "routing_backend": backend(world.device.type)[0], "python": platform.python_version(),
-            "torch": torch.__version__, "version": __version__, "peak_memory_bytes": peak_memory(world.device)}
+    on_gpu = world.device.type == "cuda"
+    name = torch.cuda.get_device_name(world.device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    return {"device": name, "world_size": world.size, "routing_backend": backend(world.device.type)[0],
+            "python": platform.python_version(), "torch": torch.__version__, "version": __version__,
+            "peak_memory_bytes": peak_memory(world.device)}
 
 
-def finish(run):
-    """The files of a finished run, from the weights after the last epoch."""
+def finish(run, scores):
+    """The files of a finished run, from the class scores after its last epoch."""
     args, world = run.args, run.world
-    scores = class_scores(run.tested, run.data.test_images, world, args.amp)
     if world.rank:
         return
     result = measure(scores, run.data.test_labels)
@@ -1337,7 +1346,7 @@ def predict(args):
     for path in files:
         try:
             image = read_digit(path, args.invert)
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow's decoders raise all three
+        except Exception as error:  # Pillow's decoders raise a dozen kinds
             print(f"{path}: cannot be read as an image ({error})", file=sys.stderr)
             failed += 1
             continue
@@ -1415,7 +1424,8 @@ def number(kind, low, high=float("inf"), open_low=False):
             value = float("nan")
         if not (low < value if open_low else low <= value) or not value <= high or value == float("inf"):
             word = "a whole number" if kind is int else "a number"
-            bounds = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {high}" if high < float("inf") else "")
+            bounds = f"{'above' if open_low else 'of at least'} {low}"
+            bounds += f" and at most {high}" if high < float("inf") else ""
             raise argparse.ArgumentTypeError(f"expected {word} {bounds}, got {text!r}")
         return value
     return parse
@@ -1452,12 +1462,15 @@ def build_parser():
     sub.add_argument("--holdout", type=number(int, 0), default=0, metavar="N",
                      help="evaluate on the last N training images, left out of training, instead of the test set")
     sub.add_argument("--epochs", type=number(int, 1), default=20, help="epochs in all, those before --resume included")
-    sub.add_argument("--batch-size", type=number(int, 1), default=32, metavar="N", help="images a process and micro-step")
+    sub.add_argument("--batch-size", type=number(int, 1), default=32, metavar="N",
+                     help="images a process and micro-step")
     sub.add_argument("--accumulate", type=number(int, 1), default=4 if several else 1, metavar="N",
                      help="micro-steps per optimizer step; 4 where torchrun starts several processes")
     sub.add_argument("--lr", type=number(float, 0, open_low=True), default=0.001, help="Adam's learning rate")
-    sub.add_argument("--gamma", type=number(float, 0, 1, open_low=True), default=0.7, help="factor of the learning rate ...")
-    sub.add_argument("--step-size", type=number(int, 1), default=2, metavar="EPOCHS", help="... after every so many epochs")
+    sub.add_argument("--gamma", type=number(float, 0, 1, open_low=True), default=0.7,
+                     help="factor of the learning rate ...")
+    sub.add_argument("--step-size", type=number(int, 1), default=2, metavar="EPOCHS",
+                     help="... after every so many epochs")
     sub.add_argument("--amp", choices=["off", "bf16", "fp16"], default=several_amp if several else "off",
                      help="mixed precision; fp16 needs CUDA; several processes take fp16 there and bf16 on CPUs")
     sub.add_argument("--rotate", type=number(float, 0, 180), default=10.0, metavar="DEGREES",
@@ -1521,6 +1534,11 @@ def main(argv=None):
         return 2
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        print(f"caps: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
