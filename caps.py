@@ -448,7 +448,7 @@ class Standardise(nn.Module):
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A padded convolution of stride 1 whose float 2×2 maps go through 9 matrix products instead of mostly padding.
+    """A padded convolution of stride 1; on a CPU its 2×2 maps go through 9 matrix products instead of mostly padding.
 
     On a 2×2 map only the 3×3 middle of a kernel meets the image. Along one axis y0 = w1 x0 + w2 x1 and
     y1 = w0 x0 + w1 x1, which is three products (Karatsuba): w1 (x0 + x1), (w2 - w1) x1, (w0 - w1) x0; nine in a plane.
@@ -459,8 +459,12 @@ class SmallMapConv2d(nn.Conv2d):
     SUMS = torch.kron(*[torch.tensor([[1, 1, 0], [1, 0, 1]])] * 2)
 
     def forward(self, x):
-        if x.shape[2:] != (2, 2) or x.is_cuda or torch.is_autocast_enabled("cpu"):
+        if x.shape[2:] != (2, 2) or x.is_cuda:
             return super().forward(x)
+        with torch.autocast("cpu", enabled=False):  # as float32 it takes less time than the convolution in bfloat16
+            return self.forward_2x2(x.to(self.weight.dtype))
+
+    def forward_2x2(self, x):
         kernel, image, sums = (t.to(x.dtype) for t in (self.KERNEL, self.IMAGE, self.SUMS))
         cut = self.padding[0] - 1
         taps = self.weight[:, :, cut:cut + 3, cut:cut + 3].flatten(2)                       # [out, in, 9]
@@ -548,7 +552,7 @@ class ResCapsNet(CapsNet):
             PrimaryCapsules(16, 8),
             CapsuleLayer(16 * 9 * 9, 8, num_classes, 16, iterations),
         )
-        self.backbone.to(memory_format=torch.channels_last)  # convolutions with few channels on large maps read pixel by pixel
+        self.backbone.to(memory_format=torch.channels_last)  # pixel by pixel: few channels, large maps
 
 
 MODELS = {"alexcaps": AlexCapsNet, "rescaps": ResCapsNet}
@@ -1475,7 +1479,8 @@ def build_parser():
                      help="mixed precision; fp16 needs CUDA; several processes take fp16 there and bf16 on CPUs")
     sub.add_argument("--rotate", type=number(float, 0, 180), default=10.0, metavar="DEGREES",
                      help="bound of the random rotation")
-    sub.add_argument("--shift", type=number(float, 0, 14), default=0.0, metavar="PIXELS", help="bound of the random shift")
+    sub.add_argument("--shift", type=number(float, 0, 14), default=0.0, metavar="PIXELS",
+                     help="bound of the random shift")
     sub.add_argument("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
                      help="evaluate a moving average of the weights, 0.999 say; 0: the weights themselves")
     sub.add_argument("--lr-scale", choices=["none", "sqrt", "linear"], default="sqrt" if several else "none",
@@ -1485,7 +1490,8 @@ def build_parser():
     sub.add_argument("--check", action="store_true",
                      help="check options and data, build the native library, and stop, as run.sh ddp does at first")
     sub.add_argument("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order and augmentation")
-    sub.add_argument("--out", metavar="DIR", help="folder to write to; by default runs/MODEL-DATASET, numbered if taken")
+    sub.add_argument("--out", metavar="DIR",
+                     help="folder to write to; by default runs/MODEL-DATASET, numbered if taken")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     sub.add_argument("--resume", nargs="?", const="newest", metavar="FILE",
                      help="go on from a checkpoint; without FILE last.pt of --out, or of the newest default folder")

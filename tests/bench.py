@@ -2,19 +2,25 @@
 
     python tests/bench.py ops [--device cuda] [--threads 2] [--json F]    operators: plain, torch.compile of plain, native
     python tests/bench.py ops --sweep                                     native against plain over plausible sizes
+    python tests/bench.py train                                           whole steps against the straightforward pipeline
+    python tests/bench.py ddp                                             one process against two, on the CPU
+    python tests/bench.py all --json F                                    all of these but the sweep
 
 Times are medians over rounds in which the variants take turns; a ratio is the median of the rounds' ratios, so that a
 busy machine harms both sides alike. Peak extra memory is what one call adds to memory that already holds arguments: on
 the CPU the growth of the high-water mark of a fresh process (VmHWM, else ru_maxrss), on CUDA max_memory_allocated.
 """
 import argparse
+import contextlib
 import ctypes
 import json
+import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -235,6 +241,129 @@ def sweep(options):
     return {"command": "ops --sweep", "machine": machine(options.device), "rows": rows}
 
 
+# ---- train and ddp: whole steps ---------------------------------------------------------------------------------------
+
+
+def run_for(model, device, folder, *words):
+    """A run of caps.py on the embedded images, ready to step; under torchrun one of its processes."""
+    args = caps.parse(["train", "--model", model, "--dataset", "mnist5k", "--device", device, "--out", folder,
+                       "--overwrite", "--accumulate", "1", *words])
+    return caps.start_run(args, caps.start_world(device))
+
+
+def step_of(run):
+    """A call that trains on the next 32 images of this process: data, augmentation, forward, loss, backward, Adam."""
+    order, motion = (t.to(run.world.device) for t in caps.epoch_plan(len(run.data.train_images), 1, 0, 10, 0))
+    position = 0
+
+    def step():
+        nonlocal position
+        group = 32 * run.world.size
+        mine = slice(position + run.world.rank, position + group, run.world.size)
+        caps.train_step(run, order[mine], motion[mine], group)
+        position = (position + group) % (len(order) - group)
+    return step
+
+
+def straightforward(model, device):
+    """The usual program: a DataLoader with per-image transforms, plain routing, Adam as it comes, .item() every step."""
+    from torchvision import transforms
+    data = caps.load_data("mnist5k", "")
+    transform = transforms.Compose([transforms.ToPILImage(), transforms.RandomRotation(10), transforms.ToTensor()])
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(data.train_images)
+
+        def __getitem__(self, i):
+            return transform(data.train_images[i]), data.train_labels[i]
+
+    net = caps.MODELS[model]().to(device)
+    for layer in net.modules():
+        if isinstance(layer, caps.SmallMapConv2d):
+            layer.__class__ = torch.nn.Conv2d
+    net.to(memory_format=torch.contiguous_format)
+    net.digits.forward = lambda u: caps.capsule_linear(u, net.digits.weight, T, backend="torch")
+    types = net.primary.types
+    net.primary.forward = lambda maps: caps.squash(
+        maps.unflatten(1, (types, K)).permute(0, 1, 3, 4, 2).flatten(1, 3), backend="torch")
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    batches = iter(())
+
+    def step():
+        nonlocal batches
+        images, labels = next(batches, (None, None))
+        if images is None:
+            batches = iter(torch.utils.data.DataLoader(Images(), batch_size=32, shuffle=True, drop_last=True))
+            images, labels = next(batches)
+        optimizer.zero_grad()
+        loss = caps.margin_loss(caps.lengths(net(images.to(device))), labels.to(device))
+        loss.backward()
+        optimizer.step()
+        loss.item()
+    return step
+
+
+def train(options):
+    """Images per second of training steps with 32 images, against the straightforward pipeline."""
+    print(f"training, batch 32; {machine(options.device)}")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model in caps.MODELS:
+            calls = {"straightforward": straightforward(model, options.device)}
+            for amp in ("off", "bf16") + (("fp16",) if options.device == "cuda" else ()):
+                calls[f"caps.py, amp {amp}"] = step_of(run_for(model, options.device, folder, "--amp", amp))
+            times = interleave(calls, options.device, options.seconds)
+            for name in calls:
+                rows.append({"model": model, "pipeline": name, "ms": statistics.median(times[name]),
+                             "images_per_second": 32e3 / statistics.median(times[name]),
+                             "ratio": ratio(times, "straightforward", name), "rounds": len(times[name])})
+                print("{model:<10}{pipeline:<20}{ms:>10.1f} ms {images_per_second:>10.0f} images/s {ratio:>8.1f}x".format(
+                    **rows[-1]), flush=True)
+    return {"command": "train", "machine": machine(options.device), "rows": rows}
+
+
+def ddp_process(model):
+    """What each process of `ddp` runs: medians of a step, and of one without communication; rank 0 prints them."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_for(model, "cpu", folder, "--amp", "off")
+        step = step_of(run)
+        silent = run.net.no_sync if run.world.size > 1 else contextlib.nullcontext
+
+        def step_alone():
+            with silent():
+                step()
+        times = interleave({"step": step, "alone": step_alone}, "cpu", 0, rounds=9)
+        if run.world.rank == 0:
+            print(json.dumps({name: statistics.median(t) for name, t in times.items()}))
+
+
+def ddp(options):
+    """One process with 2 threads against two processes with 1 thread each, in turn, on the CPU."""
+    print(f"training, 32 images a process, gloo; {machine('cpu')}")
+    rows = []
+    for model in caps.MODELS:
+        found = {1: [], 2: []}
+        for _ in range(3):
+            for processes in found:
+                output = subprocess.run(
+                    [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                     __file__, "ddp", "--process", model], check=True, capture_output=True, text=True,
+                    env=os.environ | {"OMP_NUM_THREADS": str(2 // processes)}).stdout
+                found[processes].append(json.loads(output.splitlines()[-1]))
+        for processes, times in found.items():
+            step, alone = (statistics.median(t[name] for t in times) for name in ("step", "alone"))
+            rows.append({"model": model, "processes": processes, "threads": 2 // processes, "ms": step,
+                         "images_per_second": 32e3 * processes / step, "communication": max(0, 1 - alone / step)})
+            print("{model:<10}{processes} process(es), {threads} thread(s) each {ms:>8.1f} ms {images_per_second:>8.0f} images/s"
+                  "  communication {communication:>5.1%}".format(**rows[-1]), flush=True)
+    return {"command": "ddp", "machine": machine("cpu"), "rows": rows}
+
+
+def everything(options):
+    return {"command": "all", "results": [part(options) for part in (ops, train, ddp)]}
+
+
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +375,13 @@ def main():
     command.add_argument("--sizes", type=lambda text: [tuple(map(int, s.split("x"))) for s in text.split(",")],
                          help="BxN,BxN,... in place of the listed sizes")
     command.set_defaults(run=lambda options: sweep(options) if options.sweep else ops(options))
+    command = commands.add_parser("train", help="whole training steps against the straightforward pipeline")
+    command.set_defaults(run=train)
+    command = commands.add_parser("ddp", help="one process against two, on the CPU")
+    command.add_argument("--process", choices=list(caps.MODELS), help=argparse.SUPPRESS)
+    command.set_defaults(run=lambda options: ddp_process(options.process) if options.process else ddp(options))
+    command = commands.add_parser("all", help="ops, train and ddp")
+    command.set_defaults(run=everything, sizes=None)
     for command in commands.choices.values():
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--threads", type=int, help="of the CPU")
