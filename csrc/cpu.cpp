@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -222,8 +223,8 @@ inline Vec<T> exp_nonpositive(Vec<T> x) {
 // b -> c, over J. A NaN is passed over by the maximum and returns through the sum.
 template <class T>
 inline void softmax(Vec<T>* b, int J) {
-  Vec<T> largest = b[0], sum{};
-  for (int j = 1; j < J; ++j)
+  Vec<T> largest = Vec<T>{} - std::numeric_limits<T>::infinity(), sum{};
+  for (int j = 0; j < J; ++j)
     largest = b[j] > largest ? b[j] : largest;
   for (int j = 0; j < J; ++j) {
     b[j] = exp_nonpositive<T>(b[j] - largest);

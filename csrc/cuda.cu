@@ -2,7 +2,7 @@
 //
 // Forward, two launches per iteration:
 //   route      a block owns a tile of samples and a chunk of i. It makes û_ij = W_ij u_bi anew, couples it with
-//              c = softmax_j(û·V), where V is the sum of the outputs so far, and leaves its share of s_bj = Σ_i c_ij û_ij
+//              c = softmax_j(û·V), V being the sum of the outputs so far, and leaves its share of s_bj = Σ_i c_ij û_ij
 //   advance    adds the shares of all chunks in a fixed order; v = squash(s), V += v
 // Backward:
 //   prepare    V after each iteration, and gs^T = squash'(s^T)ᵀ ∂L/∂v
@@ -30,25 +30,24 @@
 #include <math.h>
 
 #include <algorithm>
-#include <type_traits>
 
 namespace caps {
 namespace {
 
-// ---- how a block's threads share the work ----------------------------------------------------------------------------
+// ---- how a block's threads share the work --------------------------------------------------------------------------
 //
 // A group is `rows` components d of one j. `lanes` threads side by side take one group each, for `samples` samples;
 // `teams` of them make a tile of samples; `slots` rounds cover all groups. W comes in pieces of `depth` of the K
-// components, copied `width` numbers at a time. `pitch` and `stride` are padded against bank conflicts.
+// components, read `step` numbers at a time. `pitch` and `stride` are padded against bank conflicts.
 
 constexpr int rows = 4;
 
 template <class Real>
 constexpr int pack = 16 / sizeof(Real);
 
-template <class Real>
-struct alignas(16) Pack {
-  Real at[pack<Real>];
+template <class Real, int size = pack<Real>>
+struct alignas(size * sizeof(Real)) Pack {
+  Real at[size];
 };
 
 template <class Real, int samples_>
@@ -57,7 +56,7 @@ struct ModelSizes {
   static constexpr int K = 8, J = 10, D = 16, J_D = J * D;
   static constexpr int per_j = D / rows, groups = J * per_j, lanes = groups, slots = 1;
   static constexpr int samples = samples_, teams = 4, tile = samples * teams, stride = tile + pack<Real>;
-  static constexpr int depth = K, width = pack<Real>, pitch = rows * depth + pack<Real>;
+  static constexpr int depth = K, step = pack<Real> / 2, pitch = rows * depth + pack<Real>;
   static constexpr int threads = lanes * teams, max_threads = threads;
 };
 
@@ -65,7 +64,7 @@ template <class Real>
 struct AnySizes {
   static constexpr bool fixed = false;
   static constexpr int samples = pack<Real>, max_threads = 256;
-  static constexpr int depth = 32 / sizeof(Real), width = 1, pitch = rows * depth + 1;
+  static constexpr int depth = 32 / sizeof(Real), step = 1, pitch = rows * depth + 1;
   int K, J, D, J_D, per_j, groups, lanes, slots, teams, tile, stride, threads;
 
   explicit AnySizes(const Sizes& n) : K(n.K), J(n.J), D(n.D), J_D(J * D) {
@@ -91,14 +90,14 @@ struct Scratch {
     piece = recompute ? inputs_at + z.depth * z.stride : 0;
     const int64_t parts = int64_t(z.groups) * z.stride, per_capsule = int64_t(z.J) * z.stride;
     const int64_t fragments = z.fixed ? 0 : rows * parts;
-    kept = 0;                                                        // û
-    result = kept + fragments;                                       // the share of s, or gû
-    logits = result + fragments;
-    agreement = logits + parts;                                      // û·V and û·gs, a number per group
-    coupling = agreement + (backward ? parts : 0);
-    change = coupling + per_capsule;                                 // c and h
-    partial = change + (backward ? per_capsule : 0);                 // the parts of gu
-    size = partial + (gradients && recompute ? int64_t(z.threads) * (z.fixed ? z.samples * z.K / 8 : z.tile) : 0);
+    kept = 0;                                           // û
+    result = kept + fragments;                          // the share of s, or gû
+    logits = result + fragments;                        // a number per group: û·V
+    agreement = logits + parts;                         // and û·gs
+    coupling = agreement + (backward ? parts : 0);      // c
+    change = coupling + per_capsule;                    // h
+    partial = change + (backward ? per_capsule : 0);    // the parts of gu
+    size = partial + (gradients && recompute ? int64_t(z.threads) * (z.fixed ? z.samples : z.tile) : 0);
   }
 };
 
@@ -107,14 +106,15 @@ struct Fragment {
   Real at[rows][Shape::samples];
 };
 
-// Consecutive numbers that start at a multiple of 16 bytes.
+// Consecutive numbers that start at a multiple of their size, or of 16 bytes.
 template <int count, class Real>
 __device__ void load(const Real* from, Real* to) {
+  constexpr int size = count < pack<Real> ? count : pack<Real>;
 #pragma unroll
-  for (int first = 0; first < count; first += pack<Real>) {
-    const Pack<Real> x = *reinterpret_cast<const Pack<Real>*>(from + first);
+  for (int first = 0; first < count; first += size) {
+    const auto x = *reinterpret_cast<const Pack<Real, size>*>(from + first);
 #pragma unroll
-    for (int s = 0; s < pack<Real>; ++s)
+    for (int s = 0; s < size; ++s)
       to[first + s] = x.at[s];
   }
 }
@@ -190,7 +190,7 @@ struct Fragments<Shape, Real, false> {
 
 // The thread's part of an array [B, ...] whose samples lie `pitch` apart; 0 beyond its end.
 template <class Shape, class Real>
-__device__ Fragment<Shape, Real> read(const Seat<Shape>& seat, const Real* array, int64_t pitch, int64_t B, int64_t b0,
+__device__ Fragment<Shape, Real> read(const Seat<Shape>& seat, const Real* array, int64_t pitch, int B, int b0,
                                       int slot) {
   Fragment<Shape, Real> x;
   const Real* from = array + (b0 + seat.sample()) * pitch + seat.j(slot) * seat.z.D + seat.d(slot);
@@ -212,7 +212,7 @@ __device__ Fragment<Shape, Real> read(const Seat<Shape>& seat, const Real* array
 }
 
 template <class Shape, class Real>
-__device__ void write(const Seat<Shape>& seat, Real* array, int64_t pitch, int64_t B, int64_t b0, int slot,
+__device__ void write(const Seat<Shape>& seat, Real* array, int64_t pitch, int B, int b0, int slot,
                       const Fragment<Shape, Real>& x) {
   Real* to = array + (b0 + seat.sample()) * pitch + seat.j(slot) * seat.z.D + seat.d(slot);
 #pragma unroll
@@ -232,7 +232,7 @@ __device__ void write(const Seat<Shape>& seat, Real* array, int64_t pitch, int64
   }
 }
 
-// ---- two ways of obtaining a vote ------------------------------------------------------------------------------------
+// ---- two ways of obtaining a vote ----------------------------------------------------------------------------------
 //
 // start(i, b0, di, db, count) announces `count` pairs of a capsule i and a tile of samples from b0 on, each (di, db)
 // after the last; get(slot) then gives their votes in this order, and is called by all threads of the block.
@@ -250,16 +250,17 @@ struct StoredVotes {
 
   const Seat<Shape>& seat;
   const Source<Real> source;
-  int64_t B, N, i = 0, b0 = 0, di = 0, db = 0;
+  const int B, N;
+  int i = 0, b0 = 0, di = 0, db = 0;
 
-  __device__ StoredVotes(const Seat<Shape>& seat, Source<Real> source, int64_t B, int64_t N, Real*, const Scratch&)
+  __device__ StoredVotes(const Seat<Shape>& seat, Source<Real> source, int B, int N, Real*, const Scratch&)
       : seat(seat), source(source), B(B), N(N) {}
-  __device__ void start(int64_t first_i, int64_t first_b, int step_i, int step_b, int64_t) {
+  __device__ void start(int first_i, int first_b, int step_i, int step_b, int) {
     i = first_i, b0 = first_b, di = step_i, db = step_b;
   }
   __device__ void arrive() {}
   __device__ Fragment<Shape, Real> get(int slot) {
-    const auto x = read(seat, source.votes + i * seat.z.J_D, N * seat.z.J_D, B, b0, slot);
+    const auto x = read(seat, source.votes + int64_t(i) * seat.z.J_D, int64_t(N) * seat.z.J_D, B, b0, slot);
     if (slot == seat.z.slots - 1)
       i += di, b0 += db;
     return x;
@@ -276,44 +277,56 @@ struct RecomputedVotes {
   const Seat<Shape>& seat;
   const Shape& z;
   const Source<Real> source;
-  int64_t B, N;
+  const int B, N;
   Real* pieces;
   const int inputs_at, piece;
   const Real *weight = nullptr, *inputs = nullptr;  // this thread's part of the piece in use
-  int64_t i = 0, b0 = 0, di = 0, db = 0, left = 0, staged = 0;  // of the next piece to copy
+  int i = 0, b0 = 0, di = 0, db = 0, left = 0, staged = 0;  // of the next piece to copy
   int slot = 0, k0 = 0, parity = 0;
   bool arrived = false;
 
-  __device__ RecomputedVotes(const Seat<Shape>& seat, Source<Real> source, int64_t B, int64_t N, Real* shared,
+  __device__ RecomputedVotes(const Seat<Shape>& seat, Source<Real> source, int B, int N, Real* shared,
                              const Scratch& at)
       : seat(seat), z(seat.z), source(source), B(B), N(N), pieces(shared), inputs_at(at.inputs_at), piece(at.piece) {}
 
-  __device__ void start(int64_t first_i, int64_t first_b, int step_i, int step_b, int64_t count) {
+  __device__ void start(int first_i, int first_b, int step_i, int step_b, int count) {
     i = first_i, b0 = first_b, di = step_i, db = step_b, left = count;
     staged = slot = k0 = 0;
+    arrived = false;
     stage();
   }
 
   __device__ void stage() {
     if (left > 0) {
-      Real* to = pieces + parity * piece;
-      // Both buffers hold the whole W_i already when only the samples change.
-      if (!(Shape::fixed && di == 0 && staged >= 2)) {
-        for (int e = threadIdx.x; e < z.lanes * rows * z.depth / z.width; e += blockDim.x) {
-          const int k = e * z.width % z.depth, row = e * z.width / z.depth;
-          const int group = slot * z.lanes + row / rows, j = group / z.per_j, d = group % z.per_j * rows + row % rows;
-          const bool inside = Shape::fixed || (group < z.groups && d < z.D && k0 + k < z.K);
-          copy<Shape::width>(to + row / rows * z.pitch + row % rows * z.depth + k, source.weight,
-                             ((i * z.J + j) * z.D + d) * z.K + k0 + k, inside);
+      Real* const to = pieces + parity * piece;
+      if constexpr (Shape::fixed) {
+        // Both buffers hold the whole W_i already when only the samples change.
+        constexpr int size = Shape::J_D * Shape::K, at_once = Shape::threads * pack<Real>;
+        static_assert(size % at_once == 0);
+        if (di != 0 || staged < 2)
+#pragma unroll
+          for (int e0 = 0; e0 < size; e0 += at_once) {
+            const int e = e0 + threadIdx.x * pack<Real>;
+            copy<pack<Real>>(to + e / (rows * Shape::K) * Shape::pitch + e % (rows * Shape::K),
+                             source.weight + int64_t(i) * size + e, true);
+          }
+      } else {
+        for (int e = threadIdx.x; e < z.lanes * rows * Shape::depth; e += blockDim.x) {
+          const int k = e % Shape::depth, q = e / Shape::depth % rows, lane = e / (rows * Shape::depth);
+          const int group = slot * z.lanes + lane, j = group / z.per_j, d = group % z.per_j * rows + q;
+          const bool inside = group < z.groups && d < z.D && k0 + k < z.K;
+          copy<1>(to + lane * Shape::pitch + e % (rows * Shape::depth),
+                  source.weight + (inside ? ((int64_t(i) * z.J + j) * z.D + d) * z.K + k0 + k : 0), inside);
         }
       }
-      for (int e = threadIdx.x; e < z.tile * z.depth; e += blockDim.x) {
-        const int k = e % z.depth, s = e / z.depth;
+      for (int e = threadIdx.x; e < z.tile * Shape::depth; e += blockDim.x) {
+        const int k = e % Shape::depth, s = e / Shape::depth;
         const bool inside = b0 + s < B && k0 + k < z.K;
-        copy<1>(to + inputs_at + k * z.stride + s, source.inputs, ((b0 + s) * N + i) * z.K + k0 + k, inside);
+        copy<1>(to + inputs_at + k * z.stride + s,
+                source.inputs + (inside ? (int64_t(b0 + s) * N + i) * z.K + k0 + k : 0), inside);
       }
       ++staged;
-      k0 += z.depth;
+      k0 += Shape::depth;
       if (k0 >= z.K)
         k0 = 0, ++slot;
       if (slot == z.slots)
@@ -323,8 +336,8 @@ struct RecomputedVotes {
   }
 
   template <int count>
-  static __device__ void copy(Real* to, const Real* array, int64_t at, bool inside) {
-    __pipeline_memcpy_async(to, array + (inside ? at : 0), count * sizeof(Real), inside ? 0 : count * sizeof(Real));
+  static __device__ void copy(Real* to, const Real* from, bool inside) {
+    __pipeline_memcpy_async(to, from, count * sizeof(Real), inside ? 0 : count * sizeof(Real));
   }
 
   // Before a barrier that the block needs anyhow: it then serves the next piece as well.
@@ -346,17 +359,13 @@ struct RecomputedVotes {
       parity ^= 1;
       stage();
 #pragma unroll
-      for (int k = 0; k < Shape::depth; k += Shape::width) {
-        Real w[rows][Shape::width];
+      for (int k = 0; k < Shape::depth; k += Shape::step) {
+        Real w[rows][Shape::step];
 #pragma unroll
-        for (int q = 0; q < rows; ++q) {
-          if constexpr (Shape::width > 1)
-            load<Shape::width>(weight + q * Shape::depth + k, w[q]);
-          else
-            w[q][0] = weight[q * Shape::depth + k];
-        }
+        for (int q = 0; q < rows; ++q)
+          load<Shape::step>(weight + q * Shape::depth + k, w[q]);
 #pragma unroll
-        for (int l = 0; l < Shape::width; ++l) {
+        for (int l = 0; l < Shape::step; ++l) {
           Real u[Shape::samples];
           load<Shape::samples>(inputs + (k + l) * z.stride, u);
 #pragma unroll
@@ -371,7 +380,7 @@ struct RecomputedVotes {
   }
 };
 
-// ---- coupling --------------------------------------------------------------------------------------------------------
+// ---- coupling ------------------------------------------------------------------------------------------------------
 
 // The thread's part of Σ_d û a, for all samples of its team: a number per group.
 template <class Shape, class Real>
@@ -475,17 +484,23 @@ __device__ void couple(const Shape& z, const Real* logits, const Real* agreement
   }
 }
 
-// ---- one pass over i -------------------------------------------------------------------------------------------------
+// ---- one pass over i -----------------------------------------------------------------------------------------------
 
 enum class Pass { uniform, forward, backward };  // uniform: t = 1, where c = 1 / J
 
+// Blocks that are to share a multiprocessor: as many as their registers allow.
+template <class Shape, class Real>
+constexpr int resident(bool backward) {
+  return Shape::fixed && sizeof(Real) == 4 && !backward ? 3 : 2;
+}
+
 struct Route {
-  int64_t B, N, tiles, chunks, length;  // a chunk is `length` capsules
+  int B, N, tiles, chunks, length;  // a chunk is `length` capsules
 };
 
 // shares [chunks, B, J, D] of Σ_i c û, or of Σ_i h û; `workspace`: each block's scratch, if not in shared memory.
 template <Pass pass, class Votes, class Shape = typename Votes::Shape, class Real = typename Votes::Real>
-__global__ void __launch_bounds__(Shape::max_threads, Shape::fixed && pass != Pass::backward ? 3 : 2)
+__global__ void __launch_bounds__(Shape::max_threads, resident<Shape, Real>(pass == Pass::backward))
     route(const Shape z, const Source<Real> source, const Route n, const Real* V, const Real* gs, Real* shares,
           Real* workspace) {
   constexpr bool backward = pass == Pass::backward;
@@ -498,9 +513,9 @@ __global__ void __launch_bounds__(Shape::max_threads, Shape::fixed && pass != Pa
   Fragments<Shape, Real> kept(seat, scratch + at.kept), result(seat, scratch + at.result);
   Fragments<Shape, Real, true> kept_V(seat, nullptr), kept_gs(seat, nullptr);
 
-  for (int64_t item = blockIdx.x; item < n.tiles * n.chunks; item += gridDim.x) {
-    const int64_t chunk = item % n.chunks, b0 = item / n.chunks * z.tile;
-    const int64_t first = chunk * n.length, end = first + n.length < n.N ? first + n.length : n.N;
+  for (int item = blockIdx.x; item < n.tiles * n.chunks; item += gridDim.x) {
+    const int chunk = item % n.chunks, b0 = item / n.chunks * z.tile;
+    const int first = chunk * n.length, end = min(first + n.length, n.N);
     const auto fetch = [&](const Real* array, int slot) { return read(seat, array, z.J_D, n.B, b0, slot); };
     votes.start(first, b0, 1, 0, end - first);
     for (int slot = 0; slot < z.slots; ++slot)
@@ -510,7 +525,7 @@ __global__ void __launch_bounds__(Shape::max_threads, Shape::fixed && pass != Pa
     if constexpr (Shape::fixed && backward)
       kept_gs.put(0, fetch(gs, 0));
 
-    for (int64_t i = first; i < end; ++i) {
+    for (int i = first; i < end; ++i) {
       if constexpr (pass == Pass::uniform) {
         for (int slot = 0; slot < z.slots; ++slot) {
           const auto x = votes.get(slot);
@@ -545,37 +560,36 @@ __global__ void __launch_bounds__(Shape::max_threads, Shape::fixed && pass != Pa
     for (int slot = 0; slot < z.slots; ++slot) {
       auto sum = result.get(slot);
       if constexpr (pass == Pass::uniform)
-        #pragma unroll
+#pragma unroll
         for (int q = 0; q < rows; ++q)
 #pragma unroll
           for (int s = 0; s < Shape::samples; ++s)
-            sum.at[q][s] /= z.J;
+            sum.at[q][s] *= Real(1) / z.J;
       if (seat.active)
-        write(seat, shares + chunk * n.B * z.J_D, z.J_D, n.B, b0, slot, sum);
+        write(seat, shares + int64_t(chunk) * n.B * z.J_D, z.J_D, n.B, b0, slot, sum);
     }
   }
 }
 
-// ---- the gradients of inputs and weight, or of the votes -------------------------------------------------------------
+// ---- the gradients of inputs and weight, or of the votes -----------------------------------------------------------
 
 struct Gradients {
-  int64_t B, N, T, splits, length;  // a split is `length` samples; each makes its own gW
+  int B, N, T, splits, length;  // a split is `length` samples; each makes its own gW
 };
 
-// Adds neighbouring threads' arrays: those whose number differs in the bits of `span` get count / span sums each, the
-// j-th of them the j-th part.
-template <int count, int first_offset, int last_offset, class Real>
+// Adds up arrays of `count` numbers over the threads whose numbers differ in the bits first, first / 2, …, last: each
+// of them is left with its own part of the sums, the higher bits choosing the larger parts.
+template <int count, int first, int last, class Real>
 __device__ void scatter_sums(Real* x) {
-  int half = count / 2;
+  constexpr int half = count / 2;
+  const bool upper = threadIdx.x & first;
 #pragma unroll
-  for (int offset = first_offset; offset >= last_offset; offset /= 2, half /= 2) {
-    const bool upper = threadIdx.x & offset;
-#pragma unroll
-    for (int m = 0; m < half; ++m) {
-      const Real other = __shfl_xor_sync(whole_warp, upper ? x[m] : x[m + half], offset);
-      x[m] = (upper ? x[m + half] : x[m]) + other;
-    }
+  for (int m = 0; m < half; ++m) {
+    const Real other = __shfl_xor_sync(whole_warp, upper ? x[m] : x[m + half], first);
+    x[m] = (upper ? x[m + half] : x[m]) + other;
   }
+  if constexpr (first > last)
+    scatter_sums<half, first / 2, last>(x);
 }
 
 // What becomes of gû_ij for a capsule i, tile of samples by tile of samples. Stored votes: it is the result.
@@ -588,21 +602,21 @@ struct VoteGradients<StoredVotes<Shape, Real>> {
   const Gradients& n;
   Real* const grad_votes;
 
-  __device__ VoteGradients(const Seat<Shape>& seat, const StoredVotes<Shape, Real>&, const Gradients& n, Real* grad_votes,
-                           Real*, Real*)
+  __device__ VoteGradients(const Seat<Shape>& seat, const StoredVotes<Shape, Real>&, const Gradients& n,
+                           Real* grad_votes, Real*, Real*)
       : seat(seat), n(n), grad_votes(grad_votes) {}
-  __device__ void begin(int64_t, int64_t) {}
-  __device__ void tile(int64_t i, int64_t b0, int64_t end, const Fragments<Shape, Real>& result) {
+  __device__ void begin(int, int) {}
+  __device__ void tile(int i, int b0, int end, const Fragments<Shape, Real>& result) {
     const int J_D = seat.z.J_D;
     for (int slot = 0; slot < seat.z.slots; ++slot)
       if (seat.active)
-        write(seat, grad_votes + i * J_D, n.N * J_D, end, b0, slot, result.get(slot));
+        write(seat, grad_votes + int64_t(i) * J_D, int64_t(n.N) * J_D, end, b0, slot, result.get(slot));
   }
-  __device__ void finish(int64_t) {}
+  __device__ void finish(int) {}
 };
 
 // W u: gu_bi = Σ_j W_ijᵀ gû_ij, and the sum of gW_ij = Σ_b gû_ij u_biᵀ. At the models' sizes from registers: a warp's
-// 8 lanes leave one k of gu each, and its 4 teams one row of gW.
+// 8 lanes are left with parts of gu, and its 4 teams with a row of gW each.
 template <class Real, int samples>
 struct VoteGradients<RecomputedVotes<ModelSizes<Real, samples>, Real>> {
   using Shape = ModelSizes<Real, samples>;
@@ -613,42 +627,46 @@ struct VoteGradients<RecomputedVotes<ModelSizes<Real, samples>, Real>> {
   const Gradients& n;
   Real *const grad_inputs, *const grad_weights, *const partial;
   Real* grad_weight = nullptr;
-  Real gw[rows][K] = {};
+  Real gw[rows * K] = {};
 
-  __device__ void begin(int64_t, int64_t split) {
-    grad_weight = grad_weights + split * n.N * Shape::J_D * K;
+  __device__ void begin(int, int split) {
+    grad_weight = grad_weights + int64_t(split) * n.N * Shape::J_D * K;
 #pragma unroll
-    for (int q = 0; q < rows; ++q)
-#pragma unroll
-      for (int k = 0; k < K; ++k)
-        gw[q][k] = 0;
+    for (Real& x : gw)
+      x = 0;
   }
 
-  __device__ void tile(int64_t i, int64_t b0, int64_t end, const Fragments<Shape, Real>& result) {
+  __device__ void tile(int i, int b0, int end, const Fragments<Shape, Real>& result) {
     const auto gv = result.get(0);
-    Real gu[K][samples] = {};
+    Real* const part = partial + threadIdx.x / 32 * tile_size + seat.sample();
 #pragma unroll
-    for (int k = 0; k < K; k += Shape::width) {
-      Real w[rows][Shape::width];
+    for (int half = 0; half < K; half += K / 2) {
+      Real gu[K / 2 * samples] = {};
 #pragma unroll
-      for (int q = 0; q < rows; ++q)
-        load<Shape::width>(votes.weight + q * K + k, w[q]);
-#pragma unroll
-      for (int l = 0; l < Shape::width; ++l) {
-        Real u[samples];
-        load<samples>(votes.inputs + (k + l) * Shape::stride, u);
+      for (int k = 0; k < K / 2; k += Shape::step) {
+        Real w[rows][Shape::step];
 #pragma unroll
         for (int q = 0; q < rows; ++q)
+          load<Shape::step>(votes.weight + q * K + half + k, w[q]);
 #pragma unroll
-          for (int s = 0; s < samples; ++s) {
-            gu[k + l][s] += w[q][l] * gv.at[q][s];
-            gw[q][k + l] += gv.at[q][s] * u[s];
-          }
+        for (int l = 0; l < Shape::step; ++l) {
+          Real u[samples];
+          load<samples>(votes.inputs + (half + k + l) * Shape::stride, u);
+#pragma unroll
+          for (int q = 0; q < rows; ++q)
+#pragma unroll
+            for (int s = 0; s < samples; ++s) {
+              gu[(k + l) * samples + s] += w[q][l] * gv.at[q][s];
+              gw[q * K + half + k + l] += gv.at[q][s] * u[s];
+            }
+        }
       }
+      scatter_sums<K / 2 * samples, 4, 1>(gu);
+      const int own = threadIdx.x % 8 * (samples / 2);  // of the [K / 2, samples]
+#pragma unroll
+      for (int s = 0; s < samples / 2; ++s)
+        part[(half + own / samples) * Shape::tile + own % samples + s] = gu[s];
     }
-    scatter_sums<K * samples, 4, 1>(gu[0]);
-    const int k = threadIdx.x % 8, warp = threadIdx.x / 32;
-    store<samples>(gu[0], partial + warp * tile_size + k * Shape::tile + seat.sample());
     __syncthreads();
     for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
       const int s = e / K;
@@ -657,13 +675,13 @@ struct VoteGradients<RecomputedVotes<ModelSizes<Real, samples>, Real>> {
       for (int w = 0; w < Shape::threads / 32; ++w)
         sum += partial[w * tile_size + e % K * Shape::tile + s];
       if (b0 + s < end)
-        grad_inputs[((b0 + s) * n.N + i) * K + e % K] = sum;
+        grad_inputs[(int64_t(b0 + s) * n.N + i) * K + e % K] = sum;
     }
   }
 
-  __device__ void finish(int64_t i) {
-    scatter_sums<rows * K, 16, 8>(gw[0]);
-    store<K>(gw[0], grad_weight + (i * Shape::J_D + seat.lane * rows + seat.team) * K);
+  __device__ void finish(int i) {
+    scatter_sums<rows * K, 16, 8>(gw);
+    store<K>(gw, grad_weight + (int64_t(i) * Shape::J_D + seat.lane * rows + seat.team) * K);
   }
 };
 
@@ -678,15 +696,14 @@ struct VoteGradients<RecomputedVotes<AnySizes<Real>, Real>> {
   Real *const grad_inputs, *const grad_weights, *const partial;
   Real* grad_weight = nullptr;
 
-  __device__ void begin(int64_t i, int64_t split) {
+  __device__ void begin(int i, int split) {
     const int64_t size = int64_t(seat.z.J_D) * seat.z.K;
     grad_weight = grad_weights + split * n.N * size;
     for (int64_t e = threadIdx.x; e < size; e += blockDim.x)
       grad_weight[i * size + e] = 0;
-    __syncthreads();
   }
 
-  __device__ void tile(int64_t i, int64_t b0, int64_t end, const Fragments<Shape, Real>& result) {
+  __device__ void tile(int i, int b0, int end, const Fragments<Shape, Real>& result) {
     const Shape& z = seat.z;
     const int deep = z.K < z.threads ? z.K : z.threads, row_lanes = z.threads / deep;
     const int l = threadIdx.x % deep, row_lane = threadIdx.x / deep;
@@ -703,21 +720,21 @@ struct VoteGradients<RecomputedVotes<AnySizes<Real>, Real>> {
         for (int r = 0; r < row_lanes; ++r)
           sum += partial[((s / samples * row_lanes + r) * deep + e % deep) * samples + s % samples];
         if (b0 + s < end && k < z.K)
-          grad_inputs[((b0 + s) * n.N + i) * z.K + k] = sum;
+          grad_inputs[(int64_t(b0 + s) * n.N + i) * z.K + k] = sum;
       }
-      __syncthreads();
+      // No barrier: a second round comes only with K > threads, and then every thread reads what it wrote itself.
     }
   }
 
-  __device__ void multiply(int64_t i, int64_t b, int64_t end, const Real* grad_votes, int k, int row_lane, int row_lanes,
+  __device__ void multiply(int i, int b, int end, const Real* grad_votes, int k, int row_lane, int row_lanes,
                            Real* part) {
     const Shape& z = seat.z;
     Real u[samples], gu[samples] = {};
     for (int s = 0; s < samples; ++s)
-      u[s] = b + s < end ? votes.source.inputs[((b + s) * n.N + i) * z.K + k] : 0;
+      u[s] = b + s < end ? votes.source.inputs[(int64_t(b + s) * n.N + i) * z.K + k] : 0;
     for (int row = row_lane; row < z.J_D; row += row_lanes) {
       const int group = row / z.D * z.per_j + row % z.D / rows, q = row % z.D % rows;
-      const int64_t at = (i * z.J_D + row) * z.K + k;
+      const int64_t at = (int64_t(i) * z.J_D + row) * z.K + k;
       const Real w = votes.source.weight[at];
       Real gv[samples], gw = 0;
       load<samples>(grad_votes + int64_t(q * z.groups + group) * z.stride, gv);
@@ -730,13 +747,13 @@ struct VoteGradients<RecomputedVotes<AnySizes<Real>, Real>> {
     store<samples>(gu, part);
   }
 
-  __device__ void finish(int64_t) {}
+  __device__ void finish(int) {}
 };
 
 template <class Votes, class Shape = typename Votes::Shape, class Real = typename Votes::Real>
-__global__ void __launch_bounds__(Shape::max_threads, Shape::fixed ? 3 : 2)
-    gradients(const Shape z, const Source<Real> source, const Gradients n, const Real* V, const Real* gs, Real* grad_source,
-              Real* grad_weight, Real* workspace) {
+__global__ void __launch_bounds__(Shape::max_threads, resident<Shape, Real>(false))
+    gradients(const Shape z, const Source<Real> source, const Gradients n, const Real* V, const Real* gs,
+              Real* grad_source, Real* grad_weight, Real* workspace) {
   CAPS_SHARED(memory);
   Real* const shared = reinterpret_cast<Real*>(memory);
   const Scratch at(z, Votes::recompute, true, true);
@@ -745,17 +762,17 @@ __global__ void __launch_bounds__(Shape::max_threads, Shape::fixed ? 3 : 2)
   Votes votes(seat, source, n.B, n.N, shared, at);
   Fragments<Shape, Real> kept(seat, scratch + at.kept), result(seat, scratch + at.result);
   Fragments<Shape, Real, true> kept_V(seat, nullptr), kept_gs(seat, nullptr);
-  VoteGradients<Votes> ending {seat, votes, n, grad_source, grad_weight, scratch + at.partial};
+  VoteGradients<Votes> ending{seat, votes, n, grad_source, grad_weight, scratch + at.partial};
 
-  for (int64_t item = blockIdx.x; item < n.N * n.splits; item += gridDim.x) {
-    const int64_t i = item % n.N, split = item / n.N;
-    const int64_t first = split * n.length, end = first + n.length < n.B ? first + n.length : n.B;
+  for (int64_t item = blockIdx.x; item < int64_t(n.N) * n.splits; item += gridDim.x) {
+    const int i = item % n.N, split = item / n.N;
+    const int first = split * n.length, end = min(first + n.length, n.B);
     ending.begin(i, split);
     votes.start(i, first, 0, z.tile, (end - first + z.tile - 1) / z.tile);
 
-    for (int64_t b0 = first; b0 < end; b0 += z.tile) {
-      const auto fetch = [&](const Real* array, int64_t t, int slot) {
-        return read(seat, array + (t - 1) * n.B * z.J_D, z.J_D, end, b0, slot);
+    for (int b0 = first; b0 < end; b0 += z.tile) {
+      const auto fetch = [&](const Real* array, int t, int slot) {
+        return read(seat, array + int64_t(t - 1) * n.B * z.J_D, z.J_D, end, b0, slot);
       };
       for (int slot = 0; slot < z.slots; ++slot) {
         kept.put(slot, votes.get(slot));
@@ -764,10 +781,10 @@ __global__ void __launch_bounds__(Shape::max_threads, Shape::fixed ? 3 : 2)
         for (int q = 0; q < rows; ++q)
 #pragma unroll
           for (int s = 0; s < Shape::samples; ++s)
-            sum.at[q][s] /= z.J;
+            sum.at[q][s] *= Real(1) / z.J;
         result.put(slot, sum);
       }
-      for (int64_t t = n.T; t >= 2; --t) {
+      for (int t = n.T; t >= 2; --t) {
         for (int slot = 0; slot < z.slots; ++slot) {
           kept_V.put(slot, fetch(V, t - 1, slot));
           kept_gs.put(slot, fetch(gs, t, slot));
@@ -790,7 +807,7 @@ __global__ void __launch_bounds__(Shape::max_threads, Shape::fixed ? 3 : 2)
   }
 }
 
-// ---- between the passes: a few threads per output capsule (b, j) -----------------------------------------------------
+// ---- between the passes: a few threads per output capsule (b, j) ---------------------------------------------------
 
 // `width` threads side by side walk over d; `slices` of them share the chunks of a sum.
 struct Spread {
@@ -851,7 +868,8 @@ __device__ void squash_transposed(const Capsule& at, const Real* s, const Real* 
 
 // The sum of all chunks' shares, added to `total` or put there.
 template <class Real>
-__device__ void add_shares(const Capsule& at, const Spread& n, const Real* shares, int64_t chunks, bool add, Real* total) {
+__device__ void add_shares(const Capsule& at, const Spread& n, const Real* shares, int64_t chunks, bool add,
+                           Real* total) {
   CAPS_SHARED(memory);
   Real* const parts = reinterpret_cast<Real*>(memory);
   const int own = threadIdx.x;
@@ -887,7 +905,8 @@ __global__ void advance(const Spread n, const Real* shares, int64_t chunks, bool
 }
 
 template <class Real>
-__global__ void retreat(const Spread n, const Real* shares, int64_t chunks, bool first, const Real* s, Real* g, Real* gs) {
+__global__ void retreat(const Spread n, const Real* shares, int64_t chunks, bool first, const Real* s, Real* g,
+                        Real* gs) {
   const Capsule at(n);
   add_shares(at, n, shares, chunks, !first, g);
   squash_transposed(at, s, g, gs);
@@ -930,7 +949,7 @@ __global__ void add_splits(const Real* parts, int64_t splits, int64_t size, Real
   }
 }
 
-// ---- launches --------------------------------------------------------------------------------------------------------
+// ---- launches ------------------------------------------------------------------------------------------------------
 
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "caps: CUDA: ", cudaGetErrorString(error)); }
 
@@ -940,7 +959,8 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t 
   if (blocks == 0)
     return;
   if (shared > 48 << 10)  // beyond this a kernel has to ask
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(shared)));
   CAPS_LAUNCH(kernel, unsigned(blocks), unsigned(threads), size_t(shared), stream)(arguments...);
   check(cudaGetLastError());
 }
@@ -966,8 +986,24 @@ class Plan {
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int64_t outputs = n.B * n.J * n.D, weights = n.N * n.J * n.D * n.K;
-  Route passes;
-  Gradients last;
+  const Route forward_passes = cut_route(false), backward_passes = cut_route(true);
+  const Gradients last = cut_gradients();
+
+  // All blocks at once on the multiprocessors if they are enough; a chunk of fewer than 8 capsules would not pay.
+  Route cut_route(bool backward) const {
+    using Shape = typename RouteVotes::Shape;
+    const int64_t room = resident<Shape, Real>(backward) * multiprocessors, tiles = ceil_div(n.B, route_shape.tile);
+    const int64_t most = tiles ? std::max<int64_t>(1, room / tiles) : 1;
+    const int64_t length = std::max<int64_t>(1, ceil_div(n.N, std::max<int64_t>(1, std::min(most, ceil_div(n.N, 8)))));
+    return {int(n.B), int(n.N), int(tiles), int(ceil_div(n.N, length)), int(length)};
+  }
+  // One split unless there are few capsules; the gradients of votes have no sum over samples, so a split is a tile.
+  Gradients cut_gradients() const {
+    const int64_t tiles = ceil_div(n.B, gradients_shape.tile);
+    const int64_t most = n.N && GradientVotes::recompute ? std::max<int64_t>(1, 3 * multiprocessors / n.N) : tiles;
+    const int64_t length = tiles ? ceil_div(tiles, std::min(most, tiles)) * gradients_shape.tile : 1;
+    return {int(n.B), int(n.N), int(n.T), int(tiles ? ceil_div(n.B, length) : 1), int(length)};
+  }
 
   struct Cost {
     int64_t blocks, shared, scratch;  // shared memory in bytes; scratch: what does not fit there
@@ -982,7 +1018,10 @@ class Plan {
     const int64_t blocks = std::min(items, multiprocessors);
     return {blocks, pieces, blocks * at.size};
   }
-  Cost route_cost(bool backward) const { return cost(route_shape, backward, false, passes.tiles * passes.chunks); }
+  Cost route_cost(bool backward) const {
+    const Route& passes = backward ? backward_passes : forward_passes;
+    return cost(route_shape, backward, false, int64_t(passes.tiles) * passes.chunks);
+  }
   Cost gradients_cost() const { return cost(gradients_shape, true, true, n.N * last.splits); }
 
   // Cuts a workspace into arrays; with none it counts.
@@ -1002,13 +1041,13 @@ class Plan {
     Real *V, *gs, *g, *shares, *route_scratch, *gradients_scratch, *grad_weights;
   };
   ForwardArrays cut_forward(Cutter& take) const {
-    return {take(outputs), take(passes.chunks * outputs), take(route_cost(false).scratch)};
+    return {take(outputs), take(forward_passes.chunks * outputs), take(route_cost(false).scratch)};
   }
   BackwardArrays cut_backward(Cutter& take) const {
     return {take((n.T - 1) * outputs),
             take(n.T * outputs),
             take(outputs),
-            take(passes.chunks * outputs),
+            take(backward_passes.chunks * outputs),
             take(route_cost(true).scratch),
             take(gradients_cost().scratch),
             take(last.splits > 1 ? last.splits * weights : 0)};
@@ -1017,25 +1056,14 @@ class Plan {
   template <Pass pass>
   void run_route(const Real* V, const Real* gs, Real* shares, Real* scratch) const {
     const Cost c = route_cost(pass == Pass::backward);
-    launch(route<pass, RouteVotes>, c.blocks, route_shape.threads, c.shared, stream, route_shape, source, passes, V, gs,
-           shares, scratch);
+    launch(route<pass, RouteVotes>, c.blocks, route_shape.threads, c.shared, stream, route_shape, source,
+           pass == Pass::backward ? backward_passes : forward_passes, V, gs, shares, scratch);
   }
 
  public:
   Plan(const Sizes& n, Source<Real> source, cudaStream_t stream, const typename RouteVotes::Shape& route_shape,
        const typename GradientVotes::Shape& gradients_shape)
-      : n(n), route_shape(route_shape), gradients_shape(gradients_shape), source(source), stream(stream) {
-    // About three blocks per multiprocessor; fewer than 8 capsules would not pay for a chunk's share.
-    const int64_t room = 3 * multiprocessors, one = 1;
-    const int64_t tiles = ceil_div(n.B, route_shape.tile), last_tiles = ceil_div(n.B, gradients_shape.tile);
-    const int64_t chunks = std::max(one, std::min(room / std::max(one, tiles), ceil_div(n.N, 8)));
-    const int64_t length = std::max(one, ceil_div(n.N, chunks));
-    passes = {n.B, n.N, tiles, ceil_div(n.N, length), length};
-    // The votes' gradients have no sum over samples: one tile each.
-    const int64_t splits = GradientVotes::recompute ? std::max(one, room / std::max(one, n.N)) : last_tiles;
-    const int64_t samples = std::max(one, ceil_div(last_tiles, splits == 0 ? one : splits)) * gradients_shape.tile;
-    last = {n.B, n.N, n.T, std::max(one, ceil_div(n.B, samples)), samples};
-  }
+      : n(n), route_shape(route_shape), gradients_shape(gradients_shape), source(source), stream(stream) {}
 
   int64_t forward_workspace() const {
     Cutter take{nullptr};
@@ -1051,32 +1079,33 @@ class Plan {
   void forward(Real* v, Real* sums, Real* workspace) const {
     Cutter take{workspace};
     const ForwardArrays a = cut_forward(take);
-    const Spread spread(n.B * n.J, n.D, passes.chunks);
+    const Spread spread(n.B * n.J, n.D, forward_passes.chunks);
     for (int64_t t = 1; t <= n.T; ++t) {
       if (t == 1)
         run_route<Pass::uniform>(nullptr, nullptr, a.shares, a.scratch);
       else
         run_route<Pass::forward>(a.V, nullptr, a.shares, a.scratch);
-      launch(advance<Real>, spread.blocks(), Spread::threads, Spread::threads * sizeof(Real), stream, spread, a.shares, passes.chunks, t == 1,
-             sums + (t - 1) * outputs, v, a.V);
+      launch(advance<Real>, spread.blocks(), Spread::threads, Spread::threads * sizeof(Real), stream, spread, a.shares,
+             forward_passes.chunks, t == 1, sums + (t - 1) * outputs, v, a.V);
     }
   }
 
   void backward(const Real* grad, const Real* sums, Real* grad_source, Real* grad_weight, Real* workspace) const {
     Cutter take{workspace};
     const BackwardArrays a = cut_backward(take);
-    const Spread alone(n.B * n.J, n.D, 1), spread(n.B * n.J, n.D, passes.chunks);
+    const Spread alone(n.B * n.J, n.D, 1), spread(n.B * n.J, n.D, backward_passes.chunks);
     launch(prepare<Real>, alone.blocks(), Spread::threads, 0, stream, alone, n.T, sums, grad, a.V, a.gs);
     for (int64_t t = n.T; t >= 2; --t) {
       run_route<Pass::backward>(a.V + (t - 2) * outputs, a.gs + (t - 1) * outputs, a.shares, a.route_scratch);
-      launch(retreat<Real>, spread.blocks(), Spread::threads, Spread::threads * sizeof(Real), stream, spread, a.shares, passes.chunks, t == n.T,
-             sums + (t - 2) * outputs, a.g, a.gs + (t - 2) * outputs);
+      launch(retreat<Real>, spread.blocks(), Spread::threads, Spread::threads * sizeof(Real), stream, spread, a.shares,
+             backward_passes.chunks, t == n.T, sums + (t - 2) * outputs, a.g, a.gs + (t - 2) * outputs);
     }
     const Cost c = gradients_cost();
     launch(gradients<GradientVotes>, c.blocks, gradients_shape.threads, c.shared, stream, gradients_shape, source, last,
            a.V, a.gs, grad_source, a.grad_weights ? a.grad_weights : grad_weight, a.gradients_scratch);
     if (a.grad_weights)
-      launch(add_splits<Real>, ceil_div(weights, 256), 256, 0, stream, a.grad_weights, last.splits, weights, grad_weight);
+      launch(add_splits<Real>, ceil_div(weights, Spread::threads), Spread::threads, 0, stream, a.grad_weights,
+             last.splits, weights, grad_weight);
   }
 };
 
@@ -1085,6 +1114,7 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 // f(plan), for the votes W u or for stored ones.
 template <class Real, class F>
 void with_plan(const Sizes& n, const Source<Real>& source, cudaStream_t stream, F&& f) {
+  STD_TORCH_CHECK(std::max({n.B, n.N, n.K, n.J * n.D, n.T}) < 1 << 30, "sizes are expected below 2^30");
   using RouteModel = ModelSizes<Real, 2 * pack<Real>>;
   using GradientsModel = ModelSizes<Real, pack<Real>>;
   using Any = AnySizes<Real>;
@@ -1116,7 +1146,7 @@ void run_squash_backward(int64_t vectors, int64_t D, const Real* grad, const Rea
 
 }  // namespace
 
-// ---- registration ----------------------------------------------------------------------------------------------------
+// ---- registration --------------------------------------------------------------------------------------------------
 
 #ifndef CAPS_SHIM
 namespace cuda {

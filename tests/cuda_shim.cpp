@@ -1,5 +1,5 @@
-// csrc/cuda.cu as a shared library without CUDA, with a C interface for test_cuda.py; with CAPS_SHIM_MAIN a program that
-// runs every operator on exactly sized arrays, for the address and undefined-behaviour sanitizers.
+// csrc/cuda.cu as a shared library without CUDA, with a C interface for test_cuda.py; with CAPS_SHIM_MAIN a program
+// that runs every operator on exactly sized arrays, for the address and undefined-behaviour sanitizers.
 #include "cuda_shim.h"
 
 #include "../csrc/cuda.cu"
@@ -51,7 +51,7 @@ int backward(const int64_t* n, const Real* votes, const Real* inputs, const Real
 }  // namespace
 
 #define EXPORT(Real, suffix)                                                                                           \
-  extern "C" int forward_##suffix(const int64_t* n, const Real* votes, const Real* inputs, const Real* weight, Real* v, \
+  extern "C" int forward_##suffix(const int64_t* n, const Real* votes, const Real* inputs, const Real* weight, Real* v,\
                                   Real* sums) {                                                                        \
     return forward<Real>(n, votes, inputs, weight, v, sums);                                                           \
   }                                                                                                                    \

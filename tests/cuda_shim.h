@@ -1,9 +1,9 @@
 // Runs csrc/cuda.cu on a CPU: what its kernels and launches use of CUDA, no more.
 //
-// The threads of a block are fibers of one thread. Each runs to its next barrier or shuffle; an exchange is complete when
-// all threads (of the block, or of the warp) stand at the same line of the source, and anything else is an error. So that
-// mistakes show: shared memory begins as NaN and ends in a guard, asynchronous copies arrive only when they are waited for
-// and leave NaN until then, and the order of the threads and of the blocks can be changed.
+// The threads of a block are fibers of one thread. Each runs to its next barrier or shuffle; an exchange is complete
+// when all threads (of the block, or of the warp) stand at the same line of the source, and anything else is an error.
+// So that mistakes show: shared memory begins as NaN and ends in a guard, asynchronous copies arrive only when they are
+// waited for and leave NaN until then, and the order of the threads and of the blocks can be changed.
 #pragma once
 
 #include <math.h>
@@ -207,7 +207,7 @@ auto bind(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size
 
 }  // namespace shim
 
-// ---- asynchronous copies ---------------------------------------------------------------------------------------------
+// ---- asynchronous copies -------------------------------------------------------------------------------------------
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zeros = 0) {
   const bool aligned = uintptr_t(to) % size == 0 && (zeros == size || uintptr_t(from) % size == 0);
@@ -236,8 +236,9 @@ inline void __pipeline_wait_prior(int) {
                copies.end());
 }
 
-// ---- the runtime -----------------------------------------------------------------------------------------------------
+// ---- the runtime ---------------------------------------------------------------------------------------------------
 
+using std::min;
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
