@@ -89,16 +89,18 @@ def call(function, tensors, backward):
 
 
 def interleave(calls, device, seconds, rounds=None):
-    """{name: [milliseconds per round]}; each round runs every call, often enough to be well above the clock's grain."""
+    """{name: [milliseconds per round]}. In each round every call has its turn: once unmeasured, since what ran before it
+    left its own data in the caches, then as often as fits some 20 ms."""
     repeats = {}
     for name, f in calls.items():
         f(), f(), synchronize(device)
         start = time.perf_counter()
         f(), synchronize(device)
-        repeats[name] = max(1, int(2e-3 / (time.perf_counter() - start)))
+        repeats[name] = max(1, int(20e-3 / (time.perf_counter() - start)))
     times, begun = {name: [] for name in calls}, time.perf_counter()
     while len(next(iter(times.values()))) < (rounds or 7) or (not rounds and time.perf_counter() - begun < seconds):
         for name, f in calls.items():
+            f(), synchronize(device)
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 f()
