@@ -736,7 +736,8 @@ def start_world(device):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     return World(rank, size, device)
 
 
@@ -1534,7 +1535,10 @@ def main(argv=None):
     """The command line; returns the exit status."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        return args.run(args)
+        status = args.run(args)
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()  # rank 0 still writes; and a gloo thread that holds a tensor when Python ends aborts the process
+        return status
     except UserError as error:
         print(f"caps: {error}", file=sys.stderr)
         return 2

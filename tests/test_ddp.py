@@ -78,6 +78,20 @@ def test_three_processes_measure_what_one_does(small, tmp_path):  # noqa: F811
     assert all(one[k] == three[k] for k in ("test_accuracy", "test_loss", "confusion", "auc", "macro_auc", "per_class_accuracy"))
 
 
+def test_no_rank_leaves_before_the_files_are_written(small, tmp_path):  # noqa: F811
+    last = program(tmp_path, '''
+import time
+finish, main = caps.finish, caps.main
+def slow_finish(run, *rest):
+    time.sleep(1.5 * (run.world.rank == 0))
+    return finish(run, *rest)
+def main_and_look():
+    return main() or int(not os.path.exists("run/summary.json"))
+caps.finish, caps.main = slow_finish, main_and_look''')
+    result = torchrun(2, "--dataset", "mnist", "--data-dir", small, "--epochs", 1, "--out", "run", cwd=tmp_path, program=last)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 def test_a_killed_rank_changes_nothing(small, tmp_path):  # noqa: F811
     words = ["--dataset", "mnist", "--data-dir", small, "--epochs", 2, "--batch-size", 8, "--checkpoint-every", 3]
     assert torchrun(2, *words, "--out", "whole", cwd=tmp_path).returncode == 0
