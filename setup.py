@@ -1,6 +1,6 @@
 """pip install --no-build-isolation .
 
-Compiles the native operators ahead of time, from the same sources and with the same flags as caps.py does at first use.
+Compiles the native operators ahead of time, from the same sources and with the same flags as at first use.
 CAPS_BUILD=0 leaves that out; where the compiler fails, the installation goes on without, and caps.py says so when it
 runs. TORCH_CUDA_ARCH_LIST="8.0;9.0" compiles the CUDA part on a machine without a GPU.
 """
@@ -17,22 +17,22 @@ def extension():
     """Keyword arguments of setup() for the extension module; none where torch is not there to build against."""
     if os.environ.get("CAPS_BUILD") == "0":
         return {}
-    sys.path.insert(0, str(HERE))
+    sys.path.insert(0, str(HERE / "csrc"))
     try:
-        import caps
+        import extension as native
         import pybind11
     except ImportError as error:
         print(f"caps: built without the native operators ({error}); use --no-build-isolation", file=sys.stderr)
         return {}
-    with caps._builder() as cpp_extension:
-        cuda = bool(caps._cuda()[0])
+    with native.builder() as cpp_extension:
+        cuda = bool(native.cuda()[0])
         module = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
-            "caps_native", [os.path.relpath(source, HERE) for source in caps._sources()],
-            include_dirs=[pybind11.get_include()], extra_compile_args=caps._compile_arguments(), optional=True)
+            "caps_native", [os.path.relpath(source, HERE) for source in native.sources()],
+            include_dirs=[pybind11.get_include()], extra_compile_args=native.compile_arguments(), optional=True)
 
         class Build(cpp_extension.BuildExtension):
             def run(self):
-                with caps._builder():
+                with native.builder():
                     try:
                         super().run()
                     except Exception as error:  # without a compiler torch's checks fail before `optional` counts
@@ -49,7 +49,7 @@ setup(
     py_modules=["caps"],
     packages=["caps_csrc"],
     package_dir={"caps_csrc": "csrc"},
-    package_data={"caps_csrc": ["*.cpp", "*.h", "*.cu"]},
+    package_data={"caps_csrc": ["*.py", "*.cpp", "*.h", "*.cu"]},
     install_requires=["torch>=2.11,<2.15", "torchvision>=0.26,<0.30", "numpy", "matplotlib", "scikit-learn", "tqdm",
                       "mlxtend", "pillow", "pybind11", "ninja"],
     extras_require={"onnx": ["onnx", "onnxruntime", "onnxscript"], "test": ["pytest"]},

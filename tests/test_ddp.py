@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import caps
 from test_caps import CAPS, command, small, embedded  # noqa: F401  (fixtures)
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "CAPS_DATA"} | {"OMP_NUM_THREADS": "1"}
