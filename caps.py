@@ -5,6 +5,7 @@
     python caps.py --resume runs/alexcaps-mnist/last.pt     go on where a run was stopped
     python caps.py eval --checkpoint runs/alexcaps-mnist/last.pt
     python caps.py predict --checkpoint runs/alexcaps-mnist/last.pt digit.png
+    python caps.py export --checkpoint runs/alexcaps-mnist/last.pt model.onnx
     python caps.py summary --model rescaps
 
 `python caps.py MODE --help` explains the options of a mode. As a module:
@@ -120,12 +121,15 @@ def _squash(s, dim=-1):
     return s * (r / (1 + r * r))
 
 
-def _routing(votes, iterations):
+def _routing(votes, iterations, trace=None):
+    """The list `trace` receives each iteration's coupling coefficients c [B, N, J] and output capsules v."""
     b = votes.new_zeros(votes.shape[:3])
     for t in range(iterations):
         c = b.softmax(dim=2)                             # over the output capsules
         s = torch.einsum("bnj,bnjd->bjd", c, votes)
         v = _squash(s)
+        if trace is not None:
+            trace.append((c, v))
         if t < iterations - 1:
             b = b + torch.einsum("bnjd,bjd->bnj", votes, v)
     return v
@@ -1148,6 +1152,8 @@ def predict(args):
     files = image_files(args.images)
     if not files:
         raise UserError(f"{' '.join(args.images)}: no files there; name images, a folder or a glob")
+    if args.explain:
+        pathlib.Path(args.explain).mkdir(parents=True, exist_ok=True)
     failed = 0
     for path in files:
         try:
@@ -1162,7 +1168,86 @@ def predict(args):
         listing = ", ".join(f"{c} ({length:.3f})" for c, length in zip(best.indices.tolist(), best.values.tolist()))
         doubt = "" if best.values[0] > 0.5 else "  uncertain: no capsule is longer than 0.5 (dark on white? --invert)"
         print(f"{path}: {best.indices[0]}  lengths {listing}{doubt}")
+        if args.explain:
+            name = "_".join(part for part in path.with_suffix("").parts if part not in ("/", ".."))
+            plot_explanation(model, image[None].to(world.device), pathlib.Path(args.explain, f"{name}-routing.png"))
     return 1 if failed else 0
+
+
+@torch.no_grad()
+def plot_explanation(model, image, path):
+    """How the routing of one image [1, 1, 28, 28] goes: a map of the primary capsules' coupling per iteration, summed
+    over their types, to the longest and to the second digit capsule, and all lengths after each iteration."""
+    maps, trace = model.backbone(image), []
+    votes = torch.einsum("njdk,bnk->bnjd", model.digits.weight, model.primary(maps))
+    _routing(votes, model.digits.iterations, trace)
+    after = torch.stack([lengths(v)[0] for _, v in trace]).cpu()               # [T, J]
+    classes = after[-1].topk(2).indices.tolist()
+    coupling = torch.stack([c[0].unflatten(0, (model.primary.types, *maps.shape[2:])).sum(0) for c, _ in trace]).cpu()
+    figure, axes = new_figure(3.4 + 2.2 * len(trace), 4.8, columns=len(trace) + 1, rows=2)
+    axes[0].imshow(image[0, 0].cpu(), cmap="gray")
+    axes[0].set(title=f"classified as {classes[0]}", xlabel="pixels")
+    for j in range(CLASSES):
+        chosen = {"label": f"class {j}"} if j in classes else {"color": "lightgrey", "zorder": 1}
+        axes[len(trace) + 1].plot(range(1, len(trace) + 1), after[:, j], marker=".", **chosen)
+    axes[len(trace) + 1].set(xlabel="iteration", ylabel="capsule length", ylim=(0, 1), xticks=range(1, len(trace) + 1))
+    axes[len(trace) + 1].legend(fontsize=8)
+    uniform = model.primary.types / CLASSES
+    spread = max((coupling[..., classes] - uniform).abs().max().item(), 1e-6)
+    for row, j in enumerate(classes):
+        shown = axes[row * (len(trace) + 1) + 1:(row + 1) * (len(trace) + 1)]
+        for t, axis in enumerate(shown):
+            drawn = axis.imshow(coupling[t, :, :, j], cmap="RdBu_r", vmin=uniform - spread, vmax=uniform + spread)
+            axis.set(title=f"to class {j}, iteration {t + 1}", xticks=[], yticks=[], xlabel="primary grid")
+            axis.grid(False)
+        figure.colorbar(drawn, ax=shown, label=f"coupling, sum over types\n(uniform: {uniform:g})", shrink=0.8)
+    axes[0].grid(False)
+    write_atomically(path, figure.savefig)
+
+
+class WithLengths(nn.Module):
+    """images -> (lengths [B, J], capsules [B, J, 16]), what an exported model gives."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        capsules = self.model(images)
+        return lengths(capsules), capsules
+
+
+def export(args):
+    """A checkpoint as an ONNX file, kept only if onnxruntime computes the same over the test images."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch's exporter needs it, and onnx by it)
+    except ImportError as error:
+        raise UserError(f"export needs the package {error.name}; install the extra: pip install -e '.[onnx]'") from error
+    checkpoint = read_checkpoint(args.checkpoint)
+    images = load_data(args.dataset or checkpoint["config"]["dataset"], args.data_dir).test_images
+    model = WithLengths(load_model(checkpoint, torch.device("cpu"))).eval()
+
+    def write(path):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations
+            torch.onnx.export(model, (to_float(images[:2]),), path, dynamo=True, external_data=False, verbose=False,
+                              input_names=["images"], output_names=["lengths", "capsules"],
+                              dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        worst = 0.0
+        for part in images.split(EVALUATION_BATCH):
+            with torch.no_grad():
+                expected = model(to_float(part))
+            found = session.run(None, {"images": to_float(part).numpy()})
+            worst = max(worst, *(float(np.abs(a.numpy() - b).max()) for a, b in zip(expected, found)))
+        if not worst <= 1e-5:
+            raise UserError(f"{args.out}: not written, onnxruntime differs by {worst:.1e} from this model, expected 1e-5")
+        print(f"{args.out}: images [batch, 1, 28, 28] in [0, 1] -> lengths [batch, {CLASSES}], capsules; onnxruntime "
+              f"differs by at most {worst:.1e} over {len(images):,} test images")
+
+    write_atomically(pathlib.Path(args.out), write)
+    return 0
 
 
 def layer_table(model):
@@ -1311,7 +1396,14 @@ def build_parser():
     sub.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt of a run")
     sub.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders or glob patterns")
     sub.add_argument("--invert", action="store_true", help="the digits are dark on white")
+    sub.add_argument("--explain", nargs="?", const=".", metavar="DIR",
+                     help="also draw each image's routing, as NAME-routing.png in DIR (here)")
     add_device(sub)
+
+    sub = mode("export", "write a checkpoint as an ONNX file, checked against onnxruntime", export)
+    sub.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt of a run")
+    sub.add_argument("out", metavar="FILE", help="the file to write, model.onnx say")
+    add_data(sub, None)
 
     sub = mode("summary", "print a model layer by layer: shapes, parameters, multiply-adds", summary)
     add_model(sub)

@@ -52,6 +52,6 @@ setup(
     package_data={"caps_csrc": ["*.py", "*.cpp", "*.h", "*.cu"]},
     install_requires=["torch>=2.11,<2.15", "torchvision>=0.26,<0.30", "numpy", "matplotlib", "scikit-learn", "tqdm",
                       "mlxtend", "pillow", "pybind11", "ninja"],
-    extras_require={"onnx": ["onnx", "onnxruntime", "onnxscript"], "test": ["pytest"]},
+    extras_require={"onnx": ["onnx", "onnxruntime", "onnxscript"], "test": ["pytest", "onnx", "onnxruntime", "onnxscript"]},
     **extension(),
 )

@@ -447,6 +447,48 @@ def test_predict(trained, embedded, tmp_path):
     assert [line.split(": ")[1][0] for line in result.stdout.splitlines()] == ["0", "1"]
 
 
+def test_predict_explains(trained, embedded, tmp_path):
+    Image.fromarray(embedded.test_images[0].numpy()).save(tmp_path / "digit.png")
+    result = command("predict", "--checkpoint", trained / "last.pt", "digit.png", "--explain", "why", cwd=tmp_path)
+    assert result.returncode == 0 and Image.open(tmp_path / "why/digit-routing.png").size[0] > 800, result.stderr
+    votes, trace = torch.randn(2, 30, 5, 4, dtype=torch.float64), []
+    v = caps._routing(votes, 3, trace)
+    assert len(trace) == 3 and trace[-1][1] is v and (trace[0][0] == 0.2).all()
+    for c, after in trace:
+        torch.testing.assert_close(c.sum(2), torch.ones(2, 30, dtype=torch.float64))
+        torch.testing.assert_close(after, caps.squash(torch.einsum("bnj,bnjd->bjd", c, votes), backend="torch"))
+    assert not torch.allclose(trace[1][0], trace[0][0])
+
+
+def test_export(trained, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    result = command("export", "--checkpoint", trained / "last.pt", "model.onnx", cwd=tmp_path)
+    assert result.returncode == 0 and "over 1,000 test images" in result.stdout, result.stderr
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    images = torch.rand(7, 1, 28, 28)
+    lengths, capsules = session.run(["lengths", "capsules"], {"images": images.numpy()})
+    model = caps.load_model(caps.read_checkpoint(trained / "last.pt"), torch.device("cpu")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(capsules), model(images), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(lengths), torch.from_numpy(capsules).norm(dim=2), atol=1e-5, rtol=0)
+
+
+def test_export_of_something_else_is_refused(trained, tmp_path):
+    """Without the packages, and where onnxruntime computes something else than the model."""
+    def export(first):
+        code = f"import sys; sys.path.insert(0, {os.path.dirname(CAPS)!r}); {first}; sys.exit(caps.main(sys.argv[1:]))"
+        return subprocess.run([sys.executable, "-c", code, "export", "--checkpoint", str(trained / "last.pt"), "model.onnx"],
+                              cwd=tmp_path, capture_output=True, text=True)
+    result = export("sys.modules['onnxscript'] = None; import caps")
+    assert result.returncode == 2 and "caps: export needs the package onnxscript" in result.stderr
+    pytest.importorskip("onnxscript")
+    result = export("import caps; caps.WithLengths.forward = lambda self, images: "
+                    "(caps.lengths(self.model(images)), self.model(images) + caps.torch.onnx.is_in_onnx_export())")
+    assert result.returncode == 2 and "model.onnx: not written" in result.stderr, result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_digit_is_framed_as_in_mnist(tmp_path, embedded):
     Image.fromarray(embedded.test_images[0].numpy()).save(tmp_path / "as-it-is.png")
     torch.testing.assert_close(caps.read_digit(tmp_path / "as-it-is.png"), caps.to_float(embedded.test_images[:1])[0])
