@@ -44,6 +44,12 @@ ddp() {
         break
     done
     [ ${#torchrun_options[@]} -gt 0 ] || torchrun_options=(--standalone)
+    # torchrun ends in a traceback where another program listens at the port that this machine is to open.
+    local joined=" ${torchrun_options[*]//=/ } "
+    if [[ ! $joined =~ node.rank\ [1-9]|rdzv.backend && ${joined//_/-} =~ \ --(master-port|rdzv-endpoint)\ ([^\ ]*:)?([0-9]+)\  ]]; then
+        "$venv/bin/python" -c 'import socket, sys; socket.create_server(("", int(sys.argv[1])))' "${BASH_REMATCH[3]}" 2>/dev/null ||
+            fail "port ${BASH_REMATCH[3]} is in use here; name another one"
+    fi
     threads=$(($(nproc) / processes))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     # What can be refused is refused here, once; and the library is built before the ranks ask for it.

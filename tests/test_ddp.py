@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import caps
 from test_caps import CAPS, command, small, embedded  # noqa: F401  (fixtures)
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "CAPS_DATA"} | {"OMP_NUM_THREADS": "1"}
@@ -75,6 +76,33 @@ def test_three_processes_measure_what_one_does(small, tmp_path):  # noqa: F811
     one, three = (json.loads((tmp_path / f"e{n}/summary.json").read_text()) for n in (1, 3))
     assert three["world_size"] == 3 and sum(map(sum, three["confusion"])) == 1000
     assert all(one[k] == three[k] for k in ("test_accuracy", "test_loss", "confusion", "auc", "macro_auc", "per_class_accuracy"))
+
+
+def test_three_processes_see_every_image_once(small, tmp_path):  # noqa: F811
+    """But the last (320 mod 3) of the epoch's order; also in groups that three processes and two micro-steps do not divide."""
+    recorder = program(tmp_path, """
+step = caps.train_step
+def recording_step(run, index, *rest):
+    with open(f"seen{run.world.rank}", "a") as file:
+        print(*index.tolist(), file=file)
+    step(run, index, *rest)
+caps.train_step = recording_step""")
+    result = torchrun(3, "--dataset", "mnist", "--data-dir", small, "--epochs", 1, "--batch-size", 16, "--accumulate", 2,
+                      cwd=tmp_path, program=recorder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    steps = [[line.split() for line in (tmp_path / f"seen{rank}").read_text().splitlines()] for rank in range(3)]
+    seen = [int(i) for lines in steps for line in lines for i in line]
+    order, _ = caps.epoch_plan(320, 1, 0, 10, 0)
+    assert len(steps[0]) == 4 and sorted(seen) == sorted(order[:318].tolist())
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(caps.UserError, match="3 processes but 2 GPU.*at most 2 here, or add --device cpu"):
+        caps.start_world("auto")
+    assert caps.start_world("cpu").device.type == "cpu"
 
 
 def test_no_rank_leaves_before_the_files_are_written(small, tmp_path):  # noqa: F811
@@ -157,3 +185,9 @@ def test_run_sh_refuses_before_it_starts(tmp_path):
     result = subprocess.run([str(RUN), "ddp", "2", "--epochs", "none"], cwd=tmp_path, env=ENVIRONMENT | {"VENV": sys.prefix},
                             capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "--epochs" in result.stderr
+    import socket
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = subprocess.run([str(RUN), "ddp", "2", "--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", f"here:{port}", "--"],
+                                cwd=tmp_path, env=ENVIRONMENT | {"VENV": sys.prefix}, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr == f"run.sh: port {port} is in use here; name another one\n"
