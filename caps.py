@@ -46,6 +46,7 @@ import threading
 import time
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -1432,8 +1433,8 @@ def diagram_stages(model):
             elif kind == "PrimaryCapsules":
                 label[1] = "{} types on {}×{} pixels, squash".format(layer.types, *stages[-1].shape[1:])
             block = next((block for block in blocks if name.startswith(f"{block}.")), None)
-            stages.append(argparse.Namespace(layer=layer, shape=shape, block=block, label=label, kinds=[], counts=[]))
-        stages[-1].kinds.append(KINDS.get(kind, (kind, "#d0d0d0")))
+            stages.append(SimpleNamespace(layer=layer, shape=shape, label=label, block=block, kinds=[], counts=[]))
+        stages[-1].kinds.append(KINDS.get(kind, (kind, "#d0d0d0")))  # name and colour
         stages[-1].counts.append(count)
     for stage in stages:
         joined = ", ".join(name for name, _ in stage.kinds[1:])
@@ -1492,9 +1493,8 @@ def draw_backbone(axis, y, stages, pitch, roof):
             axis.plot(plus, y, marker="$\\oplus$", ms=9, color="#333", mew=0)
             draw_text(axis, plus, y - 0.18, ["ReLU"])
             draw_text(axis, (entry + plus) / 2, roof + 0.17, ["Residual block"], color="#555")
-            left, right, bottom, top = entry - 0.03, plus + 0.15, y - 0.85, roof + 0.25
-            axis.fill([left, left, right, right], [bottom, top, top, bottom], "#f1f1f1", ec="#f1f1f1", lw=6,
-                      joinstyle="round", zorder=0)
+            axis.fill_between([entry - 0.03, plus + 0.15], y - 0.85, roof + 0.25, color="#f1f1f1", lw=6,
+                              joinstyle="round", zorder=0)
             x, end = x + BESIDE_BLOCK, plus + 0.06
     return end
 
