@@ -324,6 +324,33 @@ def step_of(run):
     return step
 
 
+class PlainBlock(caps.ResidualBlock):
+    def forward(self, x):
+        return torch.relu(self.body(x) + x)
+
+
+class PlainPrimary(caps.PrimaryCapsules):
+    def forward(self, maps):
+        capsules = maps.unflatten(1, (self.types, self.dim)).permute(0, 1, 3, 4, 2)
+        return caps.squash(capsules.flatten(1, 3), backend="torch")
+
+
+class PlainCapsules(caps.CapsuleLayer):
+    def forward(self, inputs):
+        return caps.capsule_linear(inputs, self.weight, self.iterations, backend="torch")
+
+
+def plain_layers(net):
+    """The network itself, its layers from now on as PyTorch has them: no small maps, in-place or native operators."""
+    plain = {caps.SmallMapConv2d: torch.nn.Conv2d, caps.ResidualBlock: PlainBlock, caps.PrimaryCapsules: PlainPrimary,
+             caps.CapsuleLayer: PlainCapsules}
+    for layer in net.modules():
+        layer.__class__ = plain.get(type(layer), type(layer))
+        if isinstance(layer, torch.nn.ReLU):
+            layer.inplace = False
+    return net.to(memory_format=torch.contiguous_format)
+
+
 def straightforward(model, device):
     """The usual program: a DataLoader with per-image transforms, plain routing, Adam as it comes, .item() every step."""
     from torchvision import transforms
@@ -337,15 +364,7 @@ def straightforward(model, device):
         def __getitem__(self, i):
             return transform(data.train_images[i]), data.train_labels[i]
 
-    net = caps.MODELS[model]().to(device)
-    for layer in net.modules():
-        if isinstance(layer, caps.SmallMapConv2d):
-            layer.__class__ = torch.nn.Conv2d
-    net.to(memory_format=torch.contiguous_format)
-    net.digits.forward = lambda u: caps.capsule_linear(u, net.digits.weight, T, backend="torch")
-    types = net.primary.types
-    net.primary.forward = lambda maps: caps.squash(
-        maps.unflatten(1, (types, K)).permute(0, 1, 3, 4, 2).flatten(1, 3), backend="torch")
+    net = plain_layers(caps.MODELS[model]().to(device))
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     batches = iter(())
 

@@ -296,6 +296,42 @@ def test_layer_learns_on_either_backend_alike():
     assert losses["native"] == pytest.approx(losses["torch"], rel=1e-3) and losses["native"][-1] < losses["native"][0] / 2
 
 
+@pytest.mark.parametrize("model", [caps.AlexCapsNet, caps.ResCapsNet])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-2)])
+def test_fast_layers_equal_plain_ones(model, dtype, tolerance):
+    import bench
+    results = []
+    for change in (lambda net: net, bench.plain_layers):
+        torch.manual_seed(1)
+        net, images = change(model().to(dtype)), torch.rand(3, 1, 28, 28, dtype=dtype, requires_grad=True)
+        output = net(images)
+        grads = torch.autograd.grad(output, [images, *net.parameters()], torch.randn_like(output))
+        results.append([output.detach(), *grads, *(b for b in net.buffers() if b.is_floating_point())])
+    for fast, plain in zip(*results, strict=True):  # in float32 roundings flip some ReLUs; a bias before BN has gradient 0
+        assert fast.shape == plain.shape and (fast - plain).norm() < tolerance * (1 + plain.norm())
+
+
+def test_training_curve_of_the_fast_path_is_the_plain_one():
+    import bench
+    data = caps.load_data("mnist5k", "")
+    order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[:200 * 8].split(8)
+    curves = []
+    for change, fused in ((lambda net: net, True), (bench.plain_layers, False)):
+        torch.manual_seed(0)
+        net = change(caps.AlexCapsNet().double())
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=fused)
+        curves.append([])
+        for part in order:
+            scores = caps.lengths(net(caps.to_float(data.train_images[part]).double()))
+            loss = caps.margin_loss(scores, data.train_labels[part])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curves[-1].append(loss.item())
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+    assert sum(curves[0][-20:]) < 0.8 * sum(curves[0][:20])
+
+
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_routed_in_float32(backend, dtype):
