@@ -277,10 +277,11 @@ class SmallMapConv2d(nn.Conv2d):
         cut = self.padding[0] - 1
         taps = self.weight[:, :, cut:cut + 3, cut:cut + 3].flatten(2)                       # [out, in, 9]
         kernels = (kernel @ taps.flatten(0, 1).t()).view(9, *taps.shape[:2])                # [9, out, in]
-        images = (image @ x.permute(2, 3, 0, 1).reshape(4, -1)).view(9, *x.shape[:2])       # [9, B, in]
-        products = torch.bmm(images, kernels.transpose(1, 2))                               # [9, B, out]
-        maps = (sums @ products.flatten(1)).view(2, 2, *products.shape[1:]) + self.bias
-        return maps.permute(2, 3, 0, 1)
+        # Samples stand last: so both of bmm's gradients come out in the order that the next step reads.
+        images = (image @ x.permute(2, 3, 1, 0).reshape(4, -1)).view(9, *x.shape[1::-1])    # [9, in, B]
+        products = torch.bmm(kernels, images)                                               # [9, out, B]
+        maps = (sums @ products.flatten(1)).view(2, 2, *products.shape[1:]) + self.bias[:, None]
+        return maps.permute(3, 2, 0, 1)
 
 
 class PrimaryCapsules(nn.Module):

@@ -112,6 +112,18 @@ inline void transpose(Vec<T> (&x)[lanes<T> / P]) {
   }
 }
 
+// Lane r of the result: the sum over the lanes of x[r].
+template <class T>
+inline Vec<T> row_sums(Vec<T> (&x)[lanes<T>]) {
+  constexpr auto all = std::make_index_sequence<lanes<T>>();
+#pragma GCC unroll 4
+  for (int rows = lanes<T> / 2; rows > 0; rows /= 2)
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+      x[r] = interleave<T, 1, false>(x[r], x[r + rows], all) + interleave<T, 1, true>(x[r], x[r + rows], all);
+  return x[0];
+}
+
 // A matrix in memory, rows `stride` apart; `end` bounds what may be read.
 template <class T>
 struct Rows {
@@ -729,12 +741,10 @@ template <class T>
 void add_lanes(const Vec<T>* x, int64_t rows, T* total) {
   constexpr int L = lanes<T>;
   for (int64_t row = 0; row < rows; row += L) {
-    Vec<T> y[L], sum{};
+    Vec<T> y[L];
     for (int r = 0; r < L; ++r)
       y[r] = row + r < rows ? x[row + r] : Vec<T>{};
-    transpose<T, 1>(y);
-    for (int r = 0; r < L; ++r)
-      sum += y[r];
+    const Vec<T> sum = row_sums<T>(y);
     for (int r = 0; r < L && row + r < rows; ++r)
       total[row + r] += sum[r];
   }
@@ -979,7 +989,7 @@ template <class T, int FixedD>
 bool squash_rows(const T* s, int64_t D_, T* v) {
   constexpr int L = lanes<T>;
   const int64_t D = FixedD > 0 ? FixedD : D_;
-  Vec<T> x[L], square{};
+  Vec<T> x[L];
   for (int r = 0; r < L; ++r) {
     const T* row = s + r * D;
     Vec<T> tail{};
@@ -988,13 +998,14 @@ bool squash_rows(const T* s, int64_t D_, T* v) {
     for (int64_t d = 0; d + L <= D; d += L)
       x[r] += load(row + d) * load(row + d);
   }
-  transpose<T, 1>(x);
-  for (int r = 0; r < L; ++r)
-    square += x[r];
+  const Vec<T> square = row_sums<T>(x);
   constexpr T limit = NormRange<T>::limit * NormRange<T>::limit;
+  int inside = 0;
   for (int l = 0; l < L; ++l)
-    if (!(square[l] < limit && square[l] > 1 / limit)) return false;
-  const Vec<T> factor = squash_factor(square_root_lanes(square));
+    inside += square[l] < limit && square[l] > 1 / limit;
+  if (inside < L) return false;
+  T factor[L];
+  store(factor, squash_factor(square_root_lanes(square)));
   for (int r = 0; r < L; ++r) {
     const T f = factor[r];
     for (int64_t d = 0; d < D; ++d)

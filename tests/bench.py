@@ -2,6 +2,7 @@
 
     python tests/bench.py ops [--device cuda] [--threads 2] [--json F]    operators: plain, torch.compile of plain, native
     python tests/bench.py ops --sweep                                     native against plain over plausible sizes
+    python tests/bench.py scale [--plot F]                                the capsule layer against batch size and capsules
     python tests/bench.py train                                           whole steps against the straightforward pipeline
     python tests/bench.py ddp                                             one process against two, on the CPU
     python tests/bench.py all --json F                                    all of these but the sweep
@@ -33,6 +34,7 @@ import caps  # noqa: E402
 K, J, D, T = 8, 10, 16, 3                       # the models' capsules
 SIZES = [(32, 128), (32, 1296), (128, 1152), (128, 1296), (1, 1296)]  # B, N
 VARIANTS = ("plain", "compiled", "native")
+BATCHES, CAPSULES = [4 ** i for i in range(6)], [2 ** i for i in range(7, 14)]  # of `scale`
 
 
 def machine(device):
@@ -155,13 +157,19 @@ def peak_memory(variant, device, B, N, backward):
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
+def product_rate(device, dtype):
+    """Operations per second of a square matrix product, two for each multiply-add."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    n = 4096 if device == "cuda" else 1024
+    x, y = torch.randn(n, n, device=device, dtype=dtype), torch.empty(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / (min(interleave({"product": lambda: torch.mm(x, x, out=y)}, device, 1)["product"]) * 1e-3)
+
+
 def floor_rates():
     """(bytes per second of a device copy, float32 operations per second of a matrix product) of this GPU."""
-    torch.backends.cuda.matmul.allow_tf32 = False
     a, b = torch.empty(2 ** 28, device="cuda", dtype=torch.uint8), torch.empty(2 ** 28, device="cuda", dtype=torch.uint8)
-    x, y = torch.randn(4096, 4096, device="cuda"), torch.empty(4096, 4096, device="cuda")
-    times = interleave({"copy": lambda: b.copy_(a), "product": lambda: torch.mm(x, x, out=y)}, "cuda", 2)
-    return 2 * 2 ** 28 / (min(times["copy"]) * 1e-3), 2 * 4096 ** 3 / (min(times["product"]) * 1e-3)
+    times = interleave({"copy": lambda: b.copy_(a)}, "cuda", 2)
+    return 2 * 2 ** 28 / (min(times["copy"]) * 1e-3), product_rate("cuda", torch.float32)
 
 
 def floor_milliseconds(rates, B, N, backward):
@@ -243,6 +251,55 @@ def sweep(options):
     return {"command": "ops --sweep", "machine": machine(options.device), "rows": rows}
 
 
+# ---- scale ----------------------------------------------------------------------------------------------------------
+
+
+def scale(options):
+    """Forward and backward of the capsule layer against batch size B and number of capsules N."""
+    print(f"capsule_linear, forward and backward, float32, K={K}, J={J}, D={D}, {T} iterations; {machine(options.device)}")
+    print(f"{'B':>5} {'N':>5}{'plain ms':>12}{'native ms':>12}{'plain/':>9}{'plain MiB':>12}{'native MiB':>12}{'gradients MiB':>15}")
+    rows = []
+    for B, N in dict.fromkeys([(B, N) for N in (128, 1296) for B in BATCHES] + [(32, N) for N in CAPSULES]):
+        too_large = 5 * 4 * B * N * J * D > 2 ** 31  # the plain version holds some 5 tensors of that size
+        variants = ("native",) if too_large else ("plain", "native")
+        times = interleave({v: call(*linear(v, options.device, B, N), True) for v in variants}, options.device,
+                           options.seconds)
+        row = {"B": B, "N": N, "ms": {v: statistics.median(times[v]) for v in variants},
+               "ratio": None if too_large else ratio(times, "plain"),
+               "peak_bytes": {v: peak_memory(v, options.device, B, N, True) for v in variants},
+               "gradient_bytes": 4 * (B * N * K + N * J * D * K), "rounds": len(times["native"])}
+        mebibytes = {v: f"{b / 2 ** 20:.1f}" for v, b in row["peak_bytes"].items()}
+        print(f"{B:>5} {N:>5}" + ("      plain left out: > 2 GiB" if too_large else f"{row['ms']['plain']:>12.3f}")
+              + f"{row['ms']['native']:>12.3f}" + ("" if too_large else f"{row['ratio']:>8.1f}x{mebibytes['plain']:>12}")
+              + f"{mebibytes['native']:>12}{row['gradient_bytes'] / 2 ** 20:>15.1f}", flush=True)
+        rows.append(row)
+    if options.plot:
+        plot_scale(rows, options.plot)
+    return {"command": "scale", "machine": machine(options.device), "rows": rows}
+
+
+def plot_scale(rows, path):
+    """Milliseconds above and peak extra memory below; against batch size on the left, against capsules on the right."""
+    figure, axes = caps.new_figure(10, 7.5, columns=2, rows=2)
+    series = [(0, "B", f"N = {N}", style, [r for r in rows if r["N"] == N and r["B"] in BATCHES])
+              for N, style in ((128, "--"), (1296, "-"))]
+    series.append((1, "N", "B = 32", "-", [r for r in rows if r["B"] == 32]))
+    for column, x, label, style, part in series:
+        for color, v in enumerate(("plain", "native")):
+            done = [r for r in part if v in r["ms"]]
+            for axis, key, unit in ((axes[column], "ms", 1), (axes[column + 2], "peak_bytes", 2 ** 20)):
+                axis.plot([r[x] for r in done], [r[key][v] / unit for r in done], style, color=f"C{color}", marker=".",
+                          label=f"{v}, {label}")
+        axes[column + 2].plot([r[x] for r in part], [r["gradient_bytes"] / 2 ** 20 for r in part], style, color="grey",
+                              linewidth=0.8, label=f"gradients, {label}")
+    for axis, y in zip(axes, ["time of forward and backward (ms)"] * 2 + ["peak extra memory (MiB)"] * 2):
+        axis.set(xscale="log", yscale="log", ylabel=y)
+        axis.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    for column, x in enumerate(("batch size B (images)", "primary capsules N")):
+        axes[column + 2].set_xlabel(x)
+    figure.savefig(path)
+
+
 # ---- train and ddp: whole steps ---------------------------------------------------------------------------------------
 
 
@@ -267,6 +324,33 @@ def step_of(run):
     return step
 
 
+class PlainBlock(caps.ResidualBlock):
+    def forward(self, x):
+        return torch.relu(self.body(x) + x)
+
+
+class PlainPrimary(caps.PrimaryCapsules):
+    def forward(self, maps):
+        capsules = maps.unflatten(1, (self.types, self.dim)).permute(0, 1, 3, 4, 2)
+        return caps.squash(capsules.flatten(1, 3), backend="torch")
+
+
+class PlainCapsules(caps.CapsuleLayer):
+    def forward(self, inputs):
+        return caps.capsule_linear(inputs, self.weight, self.iterations, backend="torch")
+
+
+def plain_layers(net):
+    """The network itself, its layers from now on as PyTorch has them: no small maps, in-place or native operators."""
+    plain = {caps.SmallMapConv2d: torch.nn.Conv2d, caps.ResidualBlock: PlainBlock, caps.PrimaryCapsules: PlainPrimary,
+             caps.CapsuleLayer: PlainCapsules}
+    for layer in net.modules():
+        layer.__class__ = plain.get(type(layer), type(layer))
+        if isinstance(layer, torch.nn.ReLU):
+            layer.inplace = False
+    return net.to(memory_format=torch.contiguous_format)
+
+
 def straightforward(model, device):
     """The usual program: a DataLoader with per-image transforms, plain routing, Adam as it comes, .item() every step."""
     from torchvision import transforms
@@ -280,15 +364,7 @@ def straightforward(model, device):
         def __getitem__(self, i):
             return transform(data.train_images[i]), data.train_labels[i]
 
-    net = caps.MODELS[model]().to(device)
-    for layer in net.modules():
-        if isinstance(layer, caps.SmallMapConv2d):
-            layer.__class__ = torch.nn.Conv2d
-    net.to(memory_format=torch.contiguous_format)
-    net.digits.forward = lambda u: caps.capsule_linear(u, net.digits.weight, T, backend="torch")
-    types = net.primary.types
-    net.primary.forward = lambda maps: caps.squash(
-        maps.unflatten(1, (types, K)).permute(0, 1, 3, 4, 2).flatten(1, 3), backend="torch")
+    net = plain_layers(caps.MODELS[model]().to(device))
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     batches = iter(())
 
@@ -306,15 +382,54 @@ def straightforward(model, device):
     return step
 
 
+def parts_of(run):
+    """Calls of the parts of a step, each alone: data, backbone, capsule layer (from maps to loss), optimizer."""
+    model, data, device = run.model.train(), run.data, run.world.device
+    index, motion = torch.arange(32, device=device), torch.zeros(32, 3, device=device)
+    images, labels = caps.to_float(data.train_images[index]), data.train_labels[index]
+
+    def backward(part, x, finish):
+        parameters = list(part.parameters())
+        with caps.autocast(device, run.args.amp):
+            y = finish(part(x))
+        leaves = parameters + [x] * x.requires_grad
+        return torch.autograd.grad(y, leaves, torch.ones_like(y)) and y
+
+    maps = backward(model.backbone, images, lambda y: y).detach().requires_grad_()
+    top = torch.nn.Sequential(model.primary, model.digits)
+    step_of(run)()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return {"data": lambda: (caps.move(caps.to_float(data.train_images[index]), motion), data.train_labels[index]),
+            "backbone": lambda: backward(model.backbone, images, lambda y: y),
+            "capsule layer": lambda: backward(top, maps, lambda v: caps.margin_loss(caps.lengths(v).float(), labels)),
+            "optimizer": run.optimizer.step}
+
+
+def print_parts(row, run, rates, options):
+    """Shares of the parts in their sum, and operations per second against the matrix product's, into `row`.
+
+    Three times the forward pass's multiply-adds stand for forward and backward, layers as described, padding included.
+    """
+    times = {name: statistics.median(t) for name, t in interleave(parts_of(run), options.device, options.seconds).items()}
+    row["share"] = {name: t / sum(times.values()) for name, t in times.items()}
+    multiply_adds = sum(entry[4] for entry in caps.layer_table(run.model))
+    row["flops"], row["product_flops"] = 3 * 2 * 32 * multiply_adds / (row["ms"] * 1e-3), rates[run.args.amp]
+    print(f"{'':<10}" + ", ".join(f"{name} {share:.0%}" for name, share in row["share"].items())
+          + f"; {row['flops'] / 1e9:.1f} Gflop/s, a matrix product {row['product_flops'] / 1e9:.1f}", flush=True)
+
+
 def train(options):
     """Images per second of training steps with 32 images, against the straightforward pipeline."""
     print(f"training, batch 32; {machine(options.device)}")
+    dtypes = {"off": torch.float32, "bf16": torch.bfloat16} | ({"fp16": torch.float16} if options.device == "cuda" else {})
+    rates = {amp: product_rate(options.device, dtype) for amp, dtype in dtypes.items()}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for model in caps.MODELS:
+            runs = {f"caps.py, amp {amp}": run_for(model, options.device, folder, "--amp", amp) for amp in dtypes}
             calls = {"straightforward": straightforward(model, options.device)}
-            for amp in ("off", "bf16") + (("fp16",) if options.device == "cuda" else ()):
-                calls[f"caps.py, amp {amp}"] = step_of(run_for(model, options.device, folder, "--amp", amp))
+            calls |= {name: step_of(run) for name, run in runs.items()}
             times = interleave(calls, options.device, options.seconds)
             for name in calls:
                 rows.append({"model": model, "pipeline": name, "ms": statistics.median(times[name]),
@@ -322,6 +437,8 @@ def train(options):
                              "ratio": ratio(times, "straightforward", name), "rounds": len(times[name])})
                 print("{model:<10}{pipeline:<20}{ms:>10.1f} ms {images_per_second:>10.0f} images/s {ratio:>8.1f}x".format(
                     **rows[-1]), flush=True)
+                if name in runs:
+                    print_parts(rows[-1], runs[name], rates, options)
     return {"command": "train", "machine": machine(options.device), "rows": rows}
 
 
@@ -363,7 +480,7 @@ def ddp(options):
 
 
 def everything(options):
-    return {"command": "all", "results": [part(options) for part in (ops, train, ddp)]}
+    return {"command": "all", "results": [part(options) for part in (ops, scale, train, ddp)]}
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -377,13 +494,17 @@ def main():
     command.add_argument("--sizes", type=lambda text: [tuple(map(int, s.split("x"))) for s in text.split(",")],
                          help="BxN,BxN,... in place of the listed sizes")
     command.set_defaults(run=lambda options: sweep(options) if options.sweep else ops(options))
+    command = commands.add_parser("scale", help="the capsule layer against batch size and number of capsules")
+    command.set_defaults(run=scale)
     command = commands.add_parser("train", help="whole training steps against the straightforward pipeline")
     command.set_defaults(run=train)
     command = commands.add_parser("ddp", help="one process against two, on the CPU")
     command.add_argument("--process", choices=list(caps.MODELS), help=argparse.SUPPRESS)
     command.set_defaults(run=lambda options: ddp_process(options.process) if options.process else ddp(options))
-    command = commands.add_parser("all", help="ops, train and ddp")
+    command = commands.add_parser("all", help="ops, scale, train and ddp")
     command.set_defaults(run=everything, sizes=None)
+    for name in ("scale", "all"):
+        commands.choices[name].add_argument("--plot", type=Path, help="also draw the scaling into this PNG file")
     for command in commands.choices.values():
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--threads", type=int, help="of the CPU")
