@@ -877,7 +877,7 @@ def plot_roc(results, path):
                 axis.plot(false_positive, true_positive, color=f"C{c}", label=f"{c}: AUC {result['auc'][c]:.5f}")
         for axis in (whole, corner):
             axis.set(xlabel="false positive rate", ylabel="true positive rate")
-        whole.set_title(f"{title}: each class against the rest")
+        whole.set_title(f"{title}\neach class against the rest")
         corner.set(xlim=(-0.001, 0.05), ylim=(0.9, 1.003), title="the upper left corner")
         whole.legend(fontsize=8, loc="lower right")
     figure.savefig(path)
@@ -1541,7 +1541,7 @@ def judge_time(slow, fast):
 
 
 def judge_smooth(runs):
-    changes = [100 * (after["train_loss"] / before["train_loss"] - 1)
+    changes = [100 * (after["train_loss"] / max(before["train_loss"], 1e-12) - 1)
                for run in runs for before, after in zip(run.rows, run.rows[1:])]
     fell, rise = sum(change < 0 for change in changes), max([0] + changes)
     return (fell >= 0.9 * len(changes) and rise <= 10 if changes else None,
@@ -1669,9 +1669,9 @@ def plot_orientation(results, path, digit=2, most=3):
     for row, (title, (angles, capsules, labels, _)) in enumerate(results.items()):
         x, values = angles[labels == digit], capsules[labels == digit]
         r = [np.corrcoef(x, dimension)[0, 1] for dimension in values.T]
-        for axis, d in zip(axes[row * most:], np.argsort(-np.abs(r))):
+        for axis, d in zip(axes[row * most:(row + 1) * most], np.argsort(-np.abs(r))):
             axis.scatter(x, values[:, d], s=9, color=f"C{row}")
-            axis.set(xlabel="rotation (degrees)", ylabel=f"dimension {d} of the winning capsule")
+            axis.set(xlabel="rotation (degrees)", ylabel=f"capsule dimension {d}")
             axis.set_title(f"{title}, digit {digit}: r = {r[d]:.2f}", fontsize=9)
     figure.savefig(path)
 

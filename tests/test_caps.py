@@ -707,6 +707,18 @@ class Toy(torch.nn.Module):
         return capsules
 
 
+def test_each_model_has_its_own_row_of_orientation(tmp_path, monkeypatch):
+    drawn, new_figure = [], caps.new_figure
+    monkeypatch.setattr(caps, "new_figure", lambda *a, **k: drawn.append(new_figure(*a, **k)) or drawn[-1])
+    angles, capsules = np.linspace(-30, 30, 20), np.random.default_rng(0).normal(size=(20, 16))
+    for factor, dimension in ((3.0, 5), (-2.0, 7)):
+        capsules[:, dimension] += factor * angles / 30
+    caps.plot_orientation({name: (angles, capsules, np.full(20, 2), {}) for name in "ab"}, tmp_path / "x.png")
+    axes = drawn[0][1]
+    assert len(axes) == 6 and all(len(axis.collections) == 1 for axis in axes)
+    assert [axis.get_title()[0] for axis in axes] == list("aaabbb") and axes[3].get_ylabel().endswith(" 5")
+
+
 @pytest.mark.parametrize("deaf", [False, True])
 def test_orientation_of_a_bar(deaf):
     images = torch.zeros(80, 28, 28, dtype=torch.uint8)
