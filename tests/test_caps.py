@@ -607,6 +607,11 @@ def test_damaged_run_folders_are_read_as_far_as_they_go(trained, tmp_path):
     assert run.missing == ["summary.json is not there"] and "unfinished" in run.title
     assert run.facts["test_accuracy"] == whole.facts["test_accuracy"] and run.rows == whole.rows
     assert caps.results_row(run)["processes"] is None
+    assert caps.test_again(run, "nowhere", torch.device("cpu"))[0][2]["test_accuracy"] == whole.facts["test_accuracy"]
+    assert len(run.missing) == 1
+    run.facts["test_accuracy"] -= 0.1
+    caps.test_again(run, "nowhere", torch.device("cpu"))
+    assert "not the run's" in run.missing[1]
     run = damaged("no rows", metrics="epoch,train_loss\n1,x\n")
     assert run.rows == whole.rows and "metrics.csv is damaged" in run.missing[0]  # last.pt has them too
     run = damaged("no model", last="not a checkpoint")
