@@ -6,7 +6,7 @@
 #   ./run.sh test [pytest options]          the tests
 #   ./run.sh ddp [N] [options]              train on N processes (default: one a GPU, else 2) through torchrun
 #   ./run.sh ddp N [torchrun options] -- [options]        ... with --nnodes, --node-rank, --rdzv-endpoint, ...
-#   ./run.sh eval|predict|export|summary|diagram [options] the other modes of caps.py
+#   ./run.sh eval|predict|export|summary|diagram|report [options]      the other modes of caps.py
 #
 # PYTHON names the interpreter that makes .venv (python3). VENV names another environment folder.
 set -euo pipefail
@@ -64,7 +64,7 @@ case $mode in
     setup) setup ;;
     test) setup; cd "$here"; exec "$venv/bin/python" -m pytest "$@" ;;
     ddp) setup; ddp "$@" ;;
-    train|eval|predict|export|summary|diagram) setup; exec "$venv/bin/python" "$here/caps.py" "$mode" "$@" ;;
+    train|eval|predict|export|summary|diagram|report) setup; exec "$venv/bin/python" "$here/caps.py" "$mode" "$@" ;;
     help|-h|--help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" ;;
     *) fail "unknown job '$mode'; see ./run.sh help" ;;
 esac
