@@ -382,6 +382,28 @@ def straightforward(model, device):
     return step
 
 
+def serve(pipe, threads, make, arguments):
+    torch.set_num_threads(threads)
+    f = make(*arguments)
+    while pipe.recv():
+        f()
+        synchronize(arguments[-1])
+        pipe.send(True)
+
+
+@contextlib.contextmanager
+def elsewhere(make, *arguments):
+    """The call make(*arguments), in a process of its own: caps.py's memory settings do not reach it."""
+    context = torch.multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    process = context.Process(target=serve, args=(other, torch.get_num_threads(), make, arguments), daemon=True)
+    process.start()
+    other.close()  # an error there is an EOFError here
+    yield lambda: (pipe.send(True), pipe.recv())
+    pipe.send(False)
+    process.join()
+
+
 def parts_of(run):
     """Calls of the parts of a step, each alone: data, backbone, capsule layer (from maps to loss), optimizer."""
     model, data, device = run.model.train(), run.data, run.world.device
@@ -428,9 +450,9 @@ def train(options):
     with tempfile.TemporaryDirectory() as folder:
         for model in caps.MODELS:
             runs = {f"caps.py, amp {amp}": run_for(model, options.device, folder, "--amp", amp) for amp in dtypes}
-            calls = {"straightforward": straightforward(model, options.device)}
-            calls |= {name: step_of(run) for name, run in runs.items()}
-            times = interleave(calls, options.device, options.seconds)
+            with elsewhere(straightforward, model, options.device) as usual:
+                calls = {"straightforward": usual} | {name: step_of(run) for name, run in runs.items()}
+                times = interleave(calls, options.device, options.seconds)
             for name in calls:
                 rows.append({"model": model, "pipeline": name, "ms": statistics.median(times[name]),
                              "images_per_second": 32e3 / statistics.median(times[name]),
