@@ -661,6 +661,7 @@ def test_damaged_run_folders_are_read_as_far_as_they_go(trained, tmp_path):
         facts = {k: v for k, v in (whole.facts | change).items() if v is not None}
         run = damaged(f"summary {number}", summary=json.dumps(facts))
         assert "summary.json is damaged" in run.missing[0] and "world_size" not in run.facts
+    assert damaged("header", metrics=",".join(caps.COLUMNS)).rows == whole.rows
     assert "damaged" in damaged("half", summary='{"model": "alex').missing[0]
     header = (trained / "metrics.csv").read_text().splitlines()[:2]
     assert "2 epochs, metrics.csv of 1" in damaged("short", metrics="\n".join(header)).missing[0]
@@ -674,7 +675,12 @@ def test_report(trained, tmp_path, monkeypatch, capsys):
     hand_made(tmp_path / "runs" / "text", "rescaps", [0.9, 0.9812])
     (tmp_path / "runs" / "damaged").mkdir()
     (tmp_path / "runs" / "damaged" / "last.pt").write_text("no checkpoint")
+    shown = {"orientation": [], "class_scores": []}
+    for name, images in shown.items():  # all images are rotated for the fit, and none is evaluated twice
+        monkeypatch.setattr(caps, name, lambda model, x, *more, f=getattr(caps, name), n=images: n.append(len(x)) or f(
+            model, x, *more))
     assert caps.main(["report", "--images", "60"]) == 0
+    assert shown["orientation"] == [1000] and shown["class_scores"] == [1000] + 17 * [59]
     said = capsys.readouterr().err
     page = (tmp_path / "report/report.md").read_text()
     accuracy = json.loads((trained / "summary.json").read_text())["test_accuracy"]
