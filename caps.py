@@ -1329,14 +1329,12 @@ def diagram_stages(model):
             elif kind == "PrimaryCapsules":
                 label[1] = "{} types on {}×{} pixels, squash".format(layer.types, *stages[-1].shape[1:])
             block = next(filter(name.startswith, blocks), None)
-            stages.append(SimpleNamespace(layer=layer, shape=shape, label=label, block=block, titles=[], colors=[]))
-            stages[-1].counts = []
-        stages[-1].titles.append(title)
-        stages[-1].colors.append(color)
-        stages[-1].counts += [f"{count:,}"] * (count > 0)
+            stages.append(SimpleNamespace(layer=layer, shape=shape, label=label, block=block, layers=[]))
+        stages[-1].layers.append((title, color, count))
     for stage in stages:
-        stage.label = list(filter(None, [*stage.label, ", ".join(stage.titles[1:])]))
-        stage.table = ["×".join(map(str, stage.shape)), " + ".join(stage.counts) or "0"]
+        titles, stage.colors, counts = zip(*stage.layers)
+        stage.label = list(filter(None, [*stage.label, ", ".join(titles[1:])]))
+        stage.table = ["×".join(map(str, stage.shape)), " + ".join(f"{n:,}" for n in counts if n) or "0"]
     return stages
 
 
@@ -1354,7 +1352,7 @@ def draw_arrow(axis, *points, codes=None):
 def draw_maps(axis, x, y, stage, largest):
     """The image, or maps as a cuboid with a band for each layer, around (x, y); its left and right end."""
     from matplotlib.colors import to_rgb
-    if stage.titles[0] == "Image":
+    if stage.label[0] == "Image":
         axis.imshow(sample_digit(), cmap="gray", extent=(x - 0.25, x + 0.25, y - 0.25, y + 0.25))
         return x - 0.25, x + 0.25
     thickness, height = (stage.shape[:2] / largest) ** (0.5, 0.45) * (0.24, 0.8)
@@ -1403,7 +1401,7 @@ def draw_capsules(axis, x, y, stages):
         n, dim = stage.shape
         shown = [*range(n)] if n <= 10 else [*range(8), n - 1]
         rows = y + 0.15 * ((min(n, 10) - 1) / 2 - np.minimum(shown, 9))
-        end, middle = x + 0.1 * dim, x + 0.05 * dim
+        end = x + 0.1 * dim
         if len(sources):
             axis.plot([x - 1.7, x], [np.repeat(sources, len(rows)), np.tile(rows, len(sources))], "#999", lw=0.3)
             times = f"routing, {stage.layer.iterations} iteration{'s' * (stage.layer.iterations > 1)}"
@@ -1413,7 +1411,7 @@ def draw_capsules(axis, x, y, stages):
             axis.plot([x + 0.05, end - 0.05], [rows, rows], color, lw=lw, solid_capstyle="round")
         axis.plot(x + 0.1 * np.arange(dim) + 0.05, np.tile(rows, (dim, 1)), "o", color="white", ms=4.3, mew=0)
         for height, lines in (rows[-1] + 0.12, ["⋮"] * (n > 10)), (y + 0.99, stage.label), (y - 0.95, stage.table):
-            draw_text(axis, middle, height, lines)
+            draw_text(axis, x + 0.05 * dim, height, lines)
         sources, x = rows, end + 1.7
     for index, row in zip(shown, rows):
         draw_arrow(axis, (end + 0.03, row), (end + 0.42, row))
@@ -1441,8 +1439,8 @@ def plot_diagram(model, path):
     draw_capsules(axis, x, low, capsules)
     title = "{}: {:,} parameters, {:,} multiply-adds an image".format(type(model).__name__, *totals(model))
     draw_text(axis, width / 2, height - 0.2, [title], fontsize=9, weight="bold")
-    draw_text(axis, width / 2, 0.08, ["Below each layer: its output (channels × height × width, or capsules × dimensions) "
-                                      "and its parameters"], color="#555")
+    key = "Below each layer: its output (channels × height × width, or capsules × dimensions) and its parameters"
+    draw_text(axis, width / 2, 0.08, [key], color="#555")
     axis.set(xlim=(0, width), ylim=(0, height), position=(0, 0, 1, 1))  # no layout moves it from there
     axis.set_axis_off()
     with rc_context({"svg.fonttype": "none"}):
