@@ -1302,14 +1302,19 @@ def layer_table(model):
     return rows
 
 
+def totals(model):
+    """Parameters, and multiply-adds for one image."""
+    return [sum(row[i] for row in layer_table(model)) for i in (3, 4)]
+
+
 def summary(args):
     """The layer table of a model, with totals."""
-    rows = layer_table(MODELS[args.model](iterations=args.iterations))
-    print(f"{MODELS[args.model].__name__}, for one image [1, 28, 28]\n")
+    model = MODELS[args.model](iterations=args.iterations)
+    print(f"{type(model).__name__}, for one image [1, 28, 28]\n")
     print(f"{'layer':<20}{'kind':<18}{'output':<16}{'parameters':>12}{'multiply-adds':>16}")
-    for name, kind, shape, parameters, multiply_adds in rows:
+    for name, kind, shape, parameters, multiply_adds in layer_table(model):
         print(f"{name:<20}{kind:<18}{'×'.join(map(str, shape)):<16}{parameters:>12,}{multiply_adds:>16,}")
-    parameters, multiply_adds = (sum(row[i] for row in rows) for i in (3, 4))
+    parameters, multiply_adds = totals(model)
     print(f"{'total':<54}{parameters:>12,}{multiply_adds:>16,}")
     return 0
 
@@ -1325,26 +1330,25 @@ sample_digit = functools.cache(lambda: load_embedded("").test_images[500].numpy(
 
 def diagram_stages(model):
     """What a diagram draws, in order: a convolution or a new shape begins a stage, which other layers then join."""
-    blocks = [name for name, module in model.named_modules() if isinstance(module, ResidualBlock)]
+    blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, ResidualBlock)]
     stages = []
     for name, kind, shape, count, _ in [("", "Image", (1, 28, 28), 0, 0), *layer_table(model)]:
         layer = model.get_submodule(name)
-        kind = "Conv2d" if isinstance(layer, nn.Conv2d) else kind
-        if not stages or shape != stages[-1].shape or kind == "Conv2d":
-            label = [KINDS.get(kind, [kind])[0], getattr(layer, "mode", "")]
+        title, color = KINDS["Conv2d"] if isinstance(layer, nn.Conv2d) else KINDS.get(kind, (kind, "#d0d0d0"))
+        if not stages or shape != stages[-1].shape or title == "Conv":
+            label = [title, getattr(layer, "mode", "")]
             if hasattr(layer, "kernel_size"):
-                kernel, stride = (list(map(str, np.broadcast_to(n, 2))) for n in (layer.kernel_size, layer.stride))
-                label = [f"{label[0]} {'×'.join(kernel)}", f"stride {'×'.join(dict.fromkeys(stride))}"]
+                kernel, stride = ("×".join(map(str, np.broadcast_to(n, 2))) for n in (layer.kernel_size, layer.stride))
+                label = [f"{title} {kernel}", "" if stride == "1×1" else f"stride {stride[0]}"]
             elif kind == "PrimaryCapsules":
                 label[1] = "{} types on {}×{} pixels, squash".format(layer.types, *stages[-1].shape[1:])
-            block = next((block for block in blocks if name.startswith(f"{block}.")), None)
-            stages.append(SimpleNamespace(layer=layer, shape=shape, label=label, block=block, kinds=[], counts=[]))
-        stages[-1].kinds.append(KINDS.get(kind, (kind, "#d0d0d0")))  # name and colour
-        stages[-1].counts.append(count)
+            block = next(filter(name.startswith, blocks), None)
+            stages.append(SimpleNamespace(layer=layer, shape=shape, label=label, block=block, layers=[]))
+        stages[-1].layers.append((title, color, count))
     for stage in stages:
-        joined = ", ".join(name for name, _ in stage.kinds[1:])
-        stage.label = [line for line in [*stage.label, joined] if line not in ("", "stride 1")]
-        stage.table = ["×".join(map(str, stage.shape)), " + ".join(f"{n:,}" for n in stage.counts if n) or "0"]
+        titles, stage.colors, counts = zip(*stage.layers)
+        stage.label = list(filter(None, [*stage.label, ", ".join(titles[1:])]))
+        stage.table = ["×".join(map(str, stage.shape)), " + ".join(f"{n:,}" for n in counts if n) or "0"]
     return stages
 
 
@@ -1354,22 +1358,22 @@ def draw_text(axis, x, y, lines, **style):
 
 
 def draw_arrow(axis, *points, codes=None):
-    from matplotlib.patches import FancyArrowPatch
-    from matplotlib.path import Path
-    axis.add_patch(FancyArrowPatch(path=Path(points, codes), arrowstyle="-|>", mutation_scale=6, lw=0.8, color="#333"))
+    from matplotlib import patches, path
+    line = path.Path(points, codes)
+    axis.add_patch(patches.FancyArrowPatch(path=line, arrowstyle="-|>", mutation_scale=6, lw=0.8, color="#333"))
 
 
-def draw_maps(axis, x, y, stage, scale):
-    """Maps as a cuboid around (x, y), a band for each layer that joined them; its ends. `scale`: most, and largest."""
+def draw_maps(axis, x, y, stage, largest):
+    """The image, or maps as a cuboid with a band for each layer, around (x, y); its left and right end."""
     from matplotlib.colors import to_rgb
-    if stage.kinds[0][0] == "Image":
+    if stage.label[0] == "Image":
         axis.imshow(sample_digit(), cmap="gray", extent=(x - 0.25, x + 0.25, y - 0.25, y + 0.25))
         return x - 0.25, x + 0.25
-    height = 0.8 * (stage.shape[1] / scale[1]) ** 0.45
-    widths = [0.04 + 0.24 * (stage.shape[0] / scale[0]) ** 0.5] + [0.045] * (len(stage.kinds) - 1)
+    thickness, height = (stage.shape[:2] / largest) ** (0.5, 0.45) * (0.24, 0.8)
+    widths = [0.04 + thickness] + [0.045] * (len(stage.colors) - 1)
     shift = np.array([0.16, 0.2]) * height
     begin = end = x - (sum(widths) + shift[0]) / 2
-    for (_, color), width in zip(stage.kinds, widths):
+    for color, width in zip(stage.colors, widths):
         a, b, c, d = (end, y - (height + shift[1]) / 2) + np.array([(0, 0), (width, 0), (width, height), (0, height)])
         for shade, face in (1, (a, b, c, d)), (1.1, (d, c, c + shift, d + shift)), (0.8, (b, b + shift, c + shift, c)):
             shaded = np.clip(shade * np.array(to_rgb(color)), 0, 1)
@@ -1380,12 +1384,12 @@ def draw_maps(axis, x, y, stage, scale):
 
 def draw_backbone(axis, y, stages, pitch, roof):
     """The stages before the capsules in a row at y, `pitch` apart, labels from `roof` down; the x of its end."""
-    scale = np.max([stage.shape[:2] for stage in stages[1:]], axis=0)
+    largest = np.max([stage.shape[:2] for stage in stages[1:]], axis=0)
     x, end = 0.1, None
     for block, members in itertools.groupby(stages, lambda stage: stage.block):
         entry = x + 0.06
         for stage in members:
-            begin, stop = draw_maps(axis, x + pitch / 2, y, stage, scale)
+            begin, stop = draw_maps(axis, x + pitch / 2, y, stage, largest)
             draw_text(axis, x + pitch / 2, roof, stage.label)
             draw_text(axis, x + pitch / 2, y - 0.7, stage.table)
             if end:
@@ -1395,9 +1399,9 @@ def draw_backbone(axis, y, stages, pitch, roof):
             plus = x + 0.1
             draw_arrow(axis, (end, y), (plus - 0.06, y))
             draw_arrow(axis, (entry, y), (entry, y + 1.1), (plus, y + 1.1), (plus, y + 0.06), codes=[1, 4, 4, 4])
-            axis.plot(plus, y, marker="$\\oplus$", ms=9, color="#333", mew=0)
             draw_text(axis, plus, y - 0.18, ["ReLU"])
             draw_text(axis, (entry + plus) / 2, roof + 0.17, ["Residual block"], color="#555")
+            axis.plot(plus, y, marker="$\\oplus$", ms=9, color="#333", mew=0)
             axis.fill_between([entry - 0.03, plus + 0.15], y - 0.85, roof + 0.25, color="#f1f1f1", lw=6,
                               joinstyle="round", zorder=0)
             x, end = x + BESIDE_BLOCK, plus + 0.06
@@ -1406,24 +1410,22 @@ def draw_backbone(axis, y, stages, pitch, roof):
 
 def draw_capsules(axis, x, y, stages):
     """Capsules around y, from x on, as pills with a dot for each dimension; the routing between them; the lengths."""
-    sources = None
+    sources = []
     for stage in stages:
         n, dim = stage.shape
         shown = [*range(n)] if n <= 10 else [*range(8), n - 1]
         rows = y + 0.15 * ((min(n, 10) - 1) / 2 - np.minimum(shown, 9))
-        step = min(0.1, 1.6 / dim)
-        end = x + step * dim
-        if sources is not None:
+        end = x + 0.1 * dim
+        if len(sources):
             axis.plot([x - 1.7, x], [np.repeat(sources, len(rows)), np.tile(rows, len(sources))], "#999", lw=0.3)
-            times = f"routing, {stage.layer.iterations} iteration" + "s" * (stage.layer.iterations > 1)
+            times = f"routing, {stage.layer.iterations} iteration{'s' * (stage.layer.iterations > 1)}"
             draw_text(axis, x - 0.85, y + 0.04, ["votes û = W u", times], bbox={"fc": "white", "ec": "none", "pad": 2})
             draw_text(axis, x - 0.85, y - 0.95, ["W: " + "×".join(map(str, stage.layer.weight.shape))])
-        for lw, color in (8, "#444"), (7.2, stage.kinds[0][1]):
+        for lw, color in (8, "#444"), (7.2, stage.colors[0]):
             axis.plot([x + 0.05, end - 0.05], [rows, rows], color, lw=lw, solid_capstyle="round")
-        axis.plot(x + step * (np.arange(dim) + 0.5), np.tile(rows, (dim, 1)), "o", color="white", ms=43 * step, mew=0)
-        draw_text(axis, (x + end) / 2, rows[-1] + 0.12, ["⋮"] * (n > 10))
-        draw_text(axis, (x + end) / 2, y + 0.99, stage.label)
-        draw_text(axis, (x + end) / 2, y - 0.95, stage.table)
+        axis.plot(x + 0.1 * np.arange(dim) + 0.05, np.tile(rows, (dim, 1)), "o", color="white", ms=4.3, mew=0)
+        for height, lines in (rows[-1] + 0.12, ["⋮"] * (n > 10)), (y + 0.99, stage.label), (y - 0.95, stage.table):
+            draw_text(axis, x + 0.05 * dim, height, lines)
         sources, x = rows, end + 1.7
     for index, row in zip(shown, rows):
         draw_arrow(axis, (end + 0.03, row), (end + 0.42, row))
@@ -1438,24 +1440,22 @@ def plot_diagram(model, path):
     from matplotlib import rc_context
     from PIL import Image
     maps, capsules = ([stage for stage in diagram_stages(model) if len(stage.shape) == n] for n in (3, 2))
-    blocks = len({stage.block for stage in maps} - {None})
+    beside = BESIDE_BLOCK * len({stage.block for stage in maps} - {None})
     longest = max(len(line) for stage in maps for line in stage.label + stage.table)
-    pitch = max(0.057 * longest + 0.07, (7 - BESIDE_BLOCK * blocks) / len(maps))
-    width, high, turn, low = 0.2 + pitch * len(maps) + BESIDE_BLOCK * blocks, 3.65, 2.62, 1.38
-    roof = high + (0.77 if blocks else 0.45) + 0.13 * max(len(stage.label) for stage in maps)
-    height = roof + (0.6 if blocks else 0.45)
+    pitch = max(0.057 * longest + 0.07, (7 - beside) / len(maps))
+    width, high, turn, low = 0.2 + pitch * len(maps) + beside, 3.65, 2.62, 1.38
+    roof = high + (0.77 if beside else 0.45) + 0.13 * max(len(stage.label) for stage in maps)
+    height = roof + (0.6 if beside else 0.45)
     figure, (axis,) = new_figure(width, height)
-    figure.set_layout_engine("none")
     end, edge = draw_backbone(axis, high, maps, pitch, roof), width - 0.07
-    x = (width + 1.1 - sum(min(1.6, 0.1 * stage.shape[1]) + 1.7 for stage in capsules)) / 2
+    x = (width + 1.1 - sum(0.1 * stage.shape[1] + 1.7 for stage in capsules)) / 2
     draw_arrow(axis, (end, high), (edge, high), (edge, turn), (x - 0.5, turn), (x - 0.5, low), (x - 0.03, low))
     draw_capsules(axis, x, low, capsules)
-    totals = (sum(row[i] for row in layer_table(model)) for i in (3, 4))
-    title = "{}: {:,} parameters, {:,} multiply-adds an image".format(type(model).__name__, *totals)
-    key = "Below each layer: its output (channels × height × width, or capsules × dimensions) and its parameters"
+    title = "{}: {:,} parameters, {:,} multiply-adds an image".format(type(model).__name__, *totals(model))
     draw_text(axis, width / 2, height - 0.2, [title], fontsize=9, weight="bold")
+    key = "Below each layer: its output (channels × height × width, or capsules × dimensions) and its parameters"
     draw_text(axis, width / 2, 0.08, [key], color="#555")
-    axis.set(xlim=(0, width), ylim=(0, height), position=(0, 0, 1, 1))
+    axis.set(xlim=(0, width), ylim=(0, height), position=(0, 0, 1, 1))  # no layout moves it from there
     axis.set_axis_off()
     with rc_context({"svg.fonttype": "none"}):
         figure.savefig(path, dpi=220)
@@ -1477,189 +1477,156 @@ def diagram(args):
 
 # --------------------------------------------------------------------------------------------------------------- report
 
-FACTS = {"train_images": int, "epochs": int, "parameters": int, "seconds_per_epoch": float, "test_accuracy": float,
-         "macro_auc": float, "confusion": list, "device": str, "world_size": int, "peak_memory_bytes": int}
+FACTS = {"train_images": int, "epochs": int, "seconds_per_epoch": float, "parameters": int, "test_accuracy": float,
+         "macro_auc": float, "device": str, "world_size": int, "peak_memory_bytes": int,
+         "confusion": lambda counts: np.reshape(counts, (CLASSES, CLASSES)).tolist()}
 DISTORTIONS = {"rotation (degrees)": range(0, 61, 10), "shift (pixels)": range(7),
                "noise (standard deviation)": (0, 0.1, 0.2, 0.3, 0.4, 0.5)}
 
 
-@dataclasses.dataclass
-class Record:
-    """A run as its folder tells it; `facts` are summary.json's, or without one what last.pt and metrics.csv give."""
-
-    folder: pathlib.Path
-    facts: dict
-    rows: list  # of metrics.csv
-    model: nn.Module
-    missing: list  # what is not there or damaged, in words
-    title: str = ""
-
-    def on_full_mnist(self):
-        """Whether the run is finished and trained on all 60,000 images."""
-        return bool(self.rows) and (self.facts["dataset"], self.facts.get("train_images")) == ("mnist", 60_000)
-
-    def departures(self):
-        """What it did otherwise than the study on one process, which is what `train` does by default."""
-        study = build_parser().parse_args(["train"])
-        return [f"{k.replace('_', '-')} {self.facts[k]}" for k in RECIPE[1:] if self.facts[k] != getattr(study, k)]
-
-    def size(self):
-        """Parameters and multiply-adds."""
-        layers = layer_table(MODELS[self.facts["model"]](iterations=self.facts["iterations"]))
-        return sum(row[3] for row in layers), sum(row[4] for row in layers)
-
-
-def read_metrics(path):
-    with open(path, newline="") as file:
-        kinds = {"epoch": int, "dataset": str}
-        return [{k: kinds.get(k, float)(row[k]) for k in COLUMNS} for row in csv.DictReader(file)]
-
-
-def read_summary(path):
+def read_part(path):
+    """What one file of a run's folder tells: some of `facts`, `rows` and `model`."""
+    if path.suffix == ".pt":
+        checkpoint = read_checkpoint(path)
+        rows, recipe = checkpoint["history"], {k: checkpoint["config"][k] for k in RECIPE}
+        reached = {"test_accuracy": row["test_accuracy"] for row in rows[-1:]}
+        return {"facts": recipe | reached | {"epochs": len(rows)}, "rows": rows,
+                "model": load_model(checkpoint, torch.device("cpu"))}
+    if path.suffix == ".csv":
+        kinds = dict.fromkeys(COLUMNS, float) | {"epoch": int, "dataset": str}
+        with open(path, newline="") as file:
+            return {"rows": [{k: kinds[k](row[k]) for k in COLUMNS} for row in csv.DictReader(file)]}
     facts = json.loads(path.read_text())
-    wrong = [k for k in RECIPE if k not in facts] + [k for k in FACTS if not isinstance(facts.get(k), FACTS[k])]
-    if wrong or facts["model"] not in MODELS or np.shape(facts["confusion"]) != (CLASSES, CLASSES):
-        raise ValueError(f"{', '.join(wrong) or 'model or confusion'} not there, or not as training writes it")
-    return facts
+    if facts["model"] not in MODELS:
+        raise ValueError(f"unknown model {facts['model']}")
+    return {"facts": {k: facts[k] for k in RECIPE} | {k: kind(facts[k]) for k, kind in FACTS.items()}}
 
 
-def read_model(path, device):
-    checkpoint = read_checkpoint(path)
-    return {k: checkpoint["config"][k] for k in RECIPE}, checkpoint["history"], load_model(checkpoint, device)
-
-
-def read_run(folder, device):
-    """A Record of what a run's folder holds; its `facts` are empty where that is nothing of use."""
-    folder, found, missing = pathlib.Path(folder), {}, []
-    for name, read in (("last.pt", functools.partial(read_model, device=device)), ("metrics.csv", read_metrics),
-                       ("summary.json", read_summary)):
+def read_run(folder):
+    """What a run's folder tells: `facts` of summary.json, or the recipe in last.pt; `rows` of metrics.csv or last.pt;
+    `model`; and `missing`, in words what is not there or damaged. Without facts there is nothing to report."""
+    run = SimpleNamespace(folder=pathlib.Path(folder), facts={}, rows=[], model=None, missing=[])
+    for name in ("last.pt", "metrics.csv", "summary.json"):
         try:
-            found[name] = read(folder / name)
+            vars(run).update({k: told for k, told in read_part(run.folder / name).items() if told})
         except Exception as error:  # a damaged file leads to a dozen kinds
-            there = (folder / name).exists()
-            missing.append(f"{name} {f'is damaged: {error}'.splitlines()[0] if there else 'is not there'}")
-    config, history, model = found.get("last.pt", ({}, [], None))
-    rows = found.get("metrics.csv") or history
-    facts = found.get("summary.json") or config and config | {"epochs": len(rows)}
-    if facts and rows:
-        facts = {"test_accuracy": rows[-1]["test_accuracy"]} | facts
-        if len(rows) != facts["epochs"]:
-            missing.append(f"summary.json is of {facts['epochs']} epochs, metrics.csv of {len(rows)}")
-    return Record(folder, facts, rows, model, missing)
+            damage = f"is damaged: {error}".splitlines()[0]
+            run.missing.append(f"{name} {damage if (run.folder / name).exists() else 'is not there'}")
+    if run.facts:
+        model, count, dataset = (run.facts.get(k) for k in ("model", "world_size", "dataset"))
+        processes = f"{count} process{'es' if count > 1 else ''}" if count else "unfinished"
+        run.title = f"{MODELS[model].__name__}, {processes}{'' if dataset == 'mnist' else f', {dataset}'}"
+        run.full = bool(run.rows) and (dataset, run.facts.get("train_images")) == ("mnist", 60_000)
+        study = vars(build_parser().parse_args(["train", "--dataset", "mnist"]))
+        run.departures = [f"{k.replace('_', '-')} {run.facts[k]}" for k in RECIPE[1:] if run.facts[k] != study[k]]
+        run.network = run.model or MODELS[model](iterations=run.facts["iterations"])
+        run.size = totals(run.network)
+        if run.rows and len(run.rows) != run.facts["epochs"]:
+            run.missing.append(f"summary.json is of {run.facts['epochs']} epochs, metrics.csv of {len(run.rows)}")
+    return run
 
 
-def reference(runs, model, several=False, epochs=20):
-    """The run of `model` on one or several processes that a claim is judged by: on full MNIST, with most of the
-    `epochs`, then nearest to the study's recipe; its accuracy has no say. Where there is none, the reason in words."""
-    found = [r for r in runs if r.facts["model"] == model and (r.facts.get("world_size", 1) > 1) == several]
-    full = [run for run in found if run.on_full_mnist()]
-    others = "; ".join(f"{r.title}: {r.facts['dataset']}, {r.facts['holdout']} images held out" for r in found)
-    return max(full, key=lambda run: (min(len(run.rows), epochs), -len(run.departures())), default=(
-        f"no finished run of {MODELS[model].__name__} with {('1 process', 'several processes')[several]} on full MNIST"
-        f"{others and f' ({others})'}"))
+def nearness(run):
+    """Sorts the runs of a model by their likeness to the study's; accuracy has no say."""
+    return run.facts["model"], run.full, run.facts.get("world_size") == 1, min(len(run.rows), 20), -len(run.departures)
 
 
-# What judges a claim returns True, False or None for not measured, and what was measured.
+def reference(runs, model, several):
+    """The run on full MNIST, with one or several processes, that claims are judged by; without one, that in words."""
+    none = f"no finished run of {MODELS[model].__name__} with {'several processes' if several else '1 process'}"
+    found = [r for r in runs if r.full and r.facts["model"] == model and (r.facts["world_size"] > 1) == several]
+    return max(found, key=nearness, default=f"{none} on full MNIST")
 
 
+# A judge returns whether a claim holds, None where that is not measured, and what was measured.
 def judge_accuracy(run, epochs, value):
     rows = run.rows[:epochs]
-    holds = rows[-1]["test_accuracy"] >= value or (False if len(rows) == epochs else None)
-    return holds, f"{100 * rows[-1]['test_accuracy']:.2f} % after {len(rows)} of {epochs} epochs ({run.title})"
+    reached = rows[-1]["test_accuracy"]
+    said = f"{100 * reached:.2f} % after {len(rows)} of {epochs} epochs ({run.title})"
+    return reached >= value or (None if len(rows) < epochs else False), said
+
+
+def judge_both(holds, say, runs):
+    """A claim on both models: a run of each can refute it, only both can prove it."""
+    found = {run.facts["model"]: run for run in runs}
+    said = [f"{MODELS[m].__name__} {say(found[m])}" if m in found else f"no {MODELS[m].__name__}" for m in MODELS]
+    return all(map(holds, found.values())) and (len(found) == len(MODELS) or None), ", ".join(said)
 
 
 def judge_higher(alex, res):
-    a, r = (run.rows[-1]["test_accuracy"] for run in (alex, res))
-    unfair = len(alex.rows) != len(res.rows) and (r > a) == (len(res.rows) > len(alex.rows))
+    (a, m), (r, n) = ((run.rows[-1]["test_accuracy"], len(run.rows)) for run in (alex, res))
+    unfair = n > m if r > a else n < m
     error = 100 * np.sqrt((a * (1 - a) + r * (1 - r)) / np.sum(alex.facts["confusion"]))
-    return None if unfair else r > a, (
-        f"{100 * r:.2f} % after {len(res.rows)} epochs against {100 * a:.2f} % after {len(alex.rows)}; one seed each, "
-        f"standard error of the difference {error:.2f} points")
+    return None if unfair else r > a, (f"{100 * r:.2f} % after {n} epochs against {100 * a:.2f} % after {m}; one seed "
+                                       f"each, standard error of the difference {error:.2f} points")
 
 
 def judge_earlier(*runs):
     first = [next((row["epoch"] for row in run.rows if row["test_accuracy"] >= 0.9), None) for run in runs]
-    low = [epoch or len(run.rows) + 1 for epoch, run in zip(first, runs)]
-    high = [epoch or float("inf") for epoch in first]
     said = [f"epoch {e}" if e else f"not within {len(run.rows)} epochs" for e, run in zip(first, runs)]
+    low = [e or len(run.rows) + 1 for e, run in zip(first, runs)]
+    high = [e or float("inf") for e in first]
     return True if low[1] - high[0] >= 2 else False if high[1] - low[0] < 2 else None, " against ".join(said)
 
 
-def judge_parameters(runs):
-    bounds = {"alexcaps": (10e6, 100e6), "rescaps": (1e6, 10e6)}
-    found = {run.facts["model"]: run.facts["parameters"] for run in runs if "parameters" in run.facts}
-    holds = all(low <= found.get(model, low) < high for model, (low, high) in bounds.items())
-    said = [f"{MODELS[m].__name__} {found[m] / 1e6:.2f} million" if m in found else f"no finished {MODELS[m].__name__}"
-            for m in MODELS]
-    return None if holds and len(found) < 2 else holds, ", ".join(said) + "; the described networks have no more"
-
-
 def judge_time(slow, fast):
-    ratio = slow.facts["seconds_per_epoch"] / fast.facts["seconds_per_epoch"]
-    said = [f"{run.facts['seconds_per_epoch']:.0f} s ({run.title}, {run.facts['device']}, amp {run.facts['amp']})"
-            for run in (slow, fast)]
+    ratio, work = slow.facts["seconds_per_epoch"] / fast.facts["seconds_per_epoch"], slow.size[1] / fast.size[1]
     same = slow.facts["device"] == fast.facts["device"]
-    if slow.facts["model"] != fast.facts["model"]:
-        said[-1] += f"; by multiply-adds {slow.size()[1] / fast.size()[1]:.3f} times"
-    return (ratio >= 1.5 if same else None,
-            f"{ratio:.2f} times: {' against '.join(said)}{'' if same else '; not the same device'}")
+    said = ["{seconds_per_epoch:.0f} s ({device}, amp {amp})".format(**run.facts) for run in (slow, fast)]
+    said = f"{ratio:.2f} times: {' against '.join(said)}; {work:.3f} times the multiply-adds"
+    return ratio >= 1.5 if same else None, said + ("" if same else "; not the same device")
 
 
 def judge_smooth(runs):
-    changes = [100 * (after["train_loss"] / max(before["train_loss"], 1e-12) - 1)
-               for run in runs for before, after in zip(run.rows, run.rows[1:])]
-    fell, rise = sum(change < 0 for change in changes), max([0] + changes)
-    return (fell >= 0.9 * len(changes) and rise <= 10 if changes else None,
-            f"fell in {fell} of {len(changes)} epochs after the first, largest rise {rise:.1f} %; {len(runs)} run(s)")
+    losses = [np.array([row["train_loss"] for row in run.rows]) for run in runs]
+    change = np.concatenate([100 * np.diff(loss) / loss[:-1] for loss in losses])
+    fell, rise = (change < 0).sum(), change.max(initial=0)
+    return (bool(fell >= 0.9 * len(change) and rise <= 10) if len(change) else None,
+            f"fell in {fell} of {len(change)} epochs after the first, largest rise {rise:.1f} %; {len(runs)} run(s)")
 
 
 def judge_stable(runs):
-    finite = bool(np.isfinite([[row["train_loss"], row["test_loss"]] for run in runs for row in run.rows]).all())
-    fall = 100 * max([0] + [before["test_accuracy"] - after["test_accuracy"]
-                            for run in runs for before, after in zip(run.rows, run.rows[1:])])
-    return (finite and fall <= 2, f"{'all losses finite' if finite else 'a loss that is not finite'}, largest fall "
-                                  f"{fall:.2f} points; {len(runs)} run(s)")
-
-
-def judge_orientation(runs, fits):
-    """`fits` maps a run's title to {kind of features: fit_angles' result}."""
-    found = {r.facts["model"]: [np.nanmean(r2) for r2, _ in fits[r.title].values()] for r in runs if r.title in fits}
-    holds = all(capsule >= 0.5 and capsule > length for capsule, length, _ in found.values())
-    said = [f"{MODELS[m].__name__} {found[m][0]:.2f}, from the length {found[m][1]:.2f}" if m in found
-            else f"no {MODELS[m].__name__}" for m in MODELS]
-    return None if holds and len(found) < 2 else holds, ", ".join(said)
+    finite = all(np.isfinite([row["train_loss"], row["test_loss"]]).all() for run in runs for row in run.rows)
+    fall = max(-100 * np.diff([row["test_accuracy"] for row in run.rows]).min(initial=0) for run in runs)
+    said = "all losses finite" if finite else "a loss that is not finite"
+    return bool(finite and fall <= 2), f"{said}, largest fall {fall:.2f} points; {len(runs)} run(s)"
 
 
 def claims(runs, fits):
-    """Rows of the claims table; a claim is not measured where a reason in words stands in place of a run."""
-    (alex, several), res = [reference(runs, "alexcaps", n) for n in (False, True)], reference(runs, "rescaps")
-    full = [run for run in runs if run.on_full_mnist()]
-    table = [(f"{MODELS[model].__name__}: {value:.2f} % with {('1 process', 'several processes')[n]}, {epochs} epochs",
-              "as high by then", judge_accuracy, reference(runs, model, n, epochs), epochs, value / 100)
-             for model, n, epochs, value in (("alexcaps", False, 10, 98.06), ("alexcaps", True, 20, 96.28),
-                                             ("rescaps", False, 20, 98.70), ("rescaps", True, 10, 97.86))]
+    """Rows of the claims table; `fits` is {title of a run: {kind of features: fit_angles' result}}."""
+    judges = {(model, several): reference(runs, model, several) for model in MODELS for several in (False, True)}
+    alex, res = pair = [judges[model, False] for model in MODELS]
+    several, faster = judges["alexcaps", True], "1.5 times or more, same device"
+    full, none = [run for run in runs if run.full], "no finished run on full MNIST"
+    least = {"alexcaps": 10e6, "rescaps": 1e6}
+    r2 = {title: [np.nanmean(r2) for r2, _ in fit.values()] for title, fit in fits.items()}
+    table = [(f"{MODELS[model].__name__}: {100 * value:.2f} % with {how}, {epochs} epochs", "as high by then",
+              judge_accuracy, judges[model, how != "1 process"], epochs, value)
+             for model, how, epochs, value in (
+                 ("alexcaps", "1 process", 10, 0.9806), ("alexcaps", "several processes", 20, 0.9628),
+                 ("rescaps", "1 process", 20, 0.9870), ("rescaps", "several processes", 10, 0.9786))]
     table += [
         ("ResCapsNet ends higher", "higher at the end, not after longer training", judge_higher, alex, res),
         ("AlexCapsNet reaches 90 % two to three epochs earlier", "by 2 epochs or more", judge_earlier, alex, res),
-        ("ROC nearly perfect for both", "macro AUC of each at least 0.99", lambda *two: (
-            all(run.facts["macro_auc"] >= 0.99 for run in two),
-            " and ".join(f"{run.facts['macro_auc']:.5f}" for run in two)), alex, res),
-        ("AlexCapsNet has tens of millions of parameters, ResCapsNet a few million", "10 to 100 and 1 to 10 million",
-         judge_parameters, runs),
-        ("An AlexCapsNet epoch takes twice a ResCapsNet epoch", "1.5 times or more, same device",
-         judge_time, alex, res),
-        ("Several processes shorten AlexCapsNet's time significantly", "1.5 times or more, same device",
-         judge_time, alex, several),
-        ("The loss falls smoothly", "training loss, in 9 of 10 epochs, no rise above 10 %",
-         judge_smooth, full or "no finished run on full MNIST"),
+        ("ROC nearly perfect for both", "macro AUC of each at least 0.99", judge_both,
+         lambda run: run.facts["macro_auc"] >= 0.99, lambda run: f"{run.facts['macro_auc']:.5f}",
+         [run for run in pair if not isinstance(run, str)]),
+        ("AlexCapsNet has tens of millions of parameters, ResCapsNet a few million",
+         "10 to 100 and 1 to 10 million; the described networks have what is measured here", judge_both,
+         lambda run: 1 <= run.facts["parameters"] / least[run.facts["model"]] < 10,
+         lambda run: f"{run.facts['parameters'] / 1e6:.2f} million", [r for r in runs if "parameters" in r.facts]),
+        ("An AlexCapsNet epoch takes twice a ResCapsNet epoch", faster, judge_time, alex, res),
+        ("Several processes shorten AlexCapsNet's time significantly", faster, judge_time, alex, several),
+        ("The loss falls smoothly", "training loss, in 9 of 10 epochs, no rise above 10 %", judge_smooth, full or none),
         ("No instability with 3 iterations", "losses finite, no epoch loses more than 2 points of test accuracy",
-         judge_stable, [r for r in full if r.facts["iterations"] == 3] or "no finished run with 3 on full MNIST"),
-        ("Capsules preserve digit orientation", "R² of the angle at least 0.5 and above the length's, both",
-         judge_orientation, full or "no finished run on full MNIST", fits)]
+         judge_stable, [run for run in full if run.facts["iterations"] == 3] or none),
+        ("Capsules preserve digit orientation", "R² of the angle at least 0.5 and above the length's, both", judge_both,
+         lambda run: 0.5 <= r2[run.title][0] > r2[run.title][1],
+         lambda run: "{:.2f}, from the length {:.2f}".format(*r2[run.title]), [run for run in full if run.title in r2])]
     words, rows = {True: "holds", False: "**does not hold**", None: "not measured"}, []
     for says, criterion, judge, *needs in table:
-        reasons = [need for need in needs if isinstance(need, str)]
-        holds, said = (None, "; ".join(reasons)) if reasons else judge(*needs)
+        lacking = [need for need in needs if isinstance(need, str)]
+        holds, said = (None, "; ".join(lacking)) if lacking else judge(*needs)
         rows.append({"the study": says, "criterion here": criterion, "measured here": said, "verdict": words[holds]})
     return rows
 
@@ -1681,14 +1648,12 @@ def distort(images, kind, level):
 
 
 def fit_angles(features, angles, labels):
-    """R² and mean error in degrees [2, J] of a ridge regression for each class from features [n, F] to angles [n].
-
-    Fitted to every other image of a class, its penalty chosen there by leave-one-out, and scored on the rest.
-    """
+    """R² and mean error in degrees [2, J] of a ridge regression for each class from features [n, F] to angles [n],
+    fitted to every other image, its penalty chosen there by leave-one-out, and scored on the rest."""
     from sklearn import linear_model, metrics, pipeline, preprocessing
     found = np.full((2, CLASSES), np.nan)
-    for c in (c for c in range(CLASSES) if (labels == c).sum() >= 6):
-        x, y = features[labels == c], angles[labels == c]
+    for c in np.flatnonzero(np.bincount(labels, minlength=CLASSES) >= 6):
+        x, y = features[labels == c].astype(np.float64), angles[labels == c]
         ridge = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.RidgeCV(np.logspace(-3, 5, 17)))
         guess = ridge.fit(x[::2], y[::2]).predict(x[1::2]).clip(-30, 30)
         found[:, c] = metrics.r2_score(y[1::2], guess), metrics.mean_absolute_error(y[1::2], guess)
@@ -1700,32 +1665,31 @@ def orientation(model, images, labels, amp):
     """Rotate images [n, 28, 28] by angles in ±30° and fit these from what the model says of the images that it still
     recognises: (angles [m], winning capsules [m, 16], labels [m], {kind of features: fit_angles' result})."""
     angles = 60 * torch.rand(len(images), generator=torch.Generator().manual_seed(0)) - 30
-    turned, parts = distort(images, "rotation", angles.to(images.device)), []
+    angles, parts = angles.to(images.device), []
     model.eval()
-    for batch in progress("orientation", turned.split(EVALUATION_BATCH)):
+    for batch in progress("orientation", torch.arange(len(images)).split(EVALUATION_BATCH)):
+        angle, label = angles[batch], labels[batch]
         with autocast(images.device, amp):
-            primary = model.primary(model.backbone(to_float(batch)))
+            primary = model.primary(model.backbone(to_float(distort(images[batch], "rotation", angle))))
             digits = model.digits(primary).float()
-        winner = lengths(digits).argmax(1)
-        parts.append((digits[range(len(batch)), winner], primary.flatten(1).float(), winner))
-    capsules, primary, winner = (torch.cat(part).cpu() for part in zip(*parts))
-    right = winner == labels.cpu()
-    angles, capsules, primary, labels = (t[right].double().numpy() for t in (angles, capsules, primary, winner))
+        right = lengths(digits).argmax(1) == label
+        parts.append((angle[right], digits[right, label[right]], label[right], primary[right].flatten(1).float()))
+    angles, capsules, labels, primary = (torch.cat(part).cpu().numpy() for part in zip(*parts))
     features = {"16 numbers of the winning capsule": capsules,
                 "its length": np.linalg.norm(capsules, axis=1, keepdims=True),
                 f"{primary.shape[1]:,} numbers of the primary capsules": primary}
     return angles, capsules, labels, {kind: fit_angles(x, angles, labels) for kind, x in features.items()}
 
 
-def robustness(model, images, labels, amp):
-    """{kind: accuracies at its levels} of images turned or shifted to either side in turn, or with noise."""
+def robustness(model, images, scores, labels, amp):
+    """{kind: accuracies at its levels} of images turned or shifted to either side in turn, or with noise; `scores`
+    [n, J] are those at level 0, of the images as they are."""
     side = 1 - 2 * (torch.arange(len(images), device=images.device) % 2)
-    found = {kind: [] for kind in DISTORTIONS}
-    for kind, level in progress("robustness", [(kind, level) for kind in DISTORTIONS for level in DISTORTIONS[kind]]):
+    found = {kind: [scores] for kind in DISTORTIONS}
+    for kind, level in progress("robustness", [(kind, n) for kind in DISTORTIONS for n in DISTORTIONS[kind][1:]]):
         distorted = distort(images, kind, level if kind.startswith("noise") else level * side)
-        scores = class_scores(model, distorted, World(0, 1, images.device), amp)
-        found[kind].append((scores.argmax(1) == labels).double().mean().item())
-    return found
+        found[kind].append(class_scores(model, distorted, World(0, 1, images.device), amp))
+    return {kind: [(s.argmax(1) == labels).double().mean().item() for s in found[kind]] for kind in found}
 
 
 def plot_orientation(results, path, digit=2, most=3):
@@ -1762,10 +1726,9 @@ def results_row(run):
     def fact(key, form, scale=1):
         return form.format(scale * run.facts[key]) if key in run.facts else None
 
-    parameters, multiply_adds = run.size()
-    return {"run": run.title, "setting, but for the study's with 1 process": ", ".join(run.departures()),
+    return {"run": run.title, "setting, but for the study's with 1 process": ", ".join(run.departures) or None,
             "test accuracy": fact("test_accuracy", "{:.2f} %", 100), "epochs": run.facts["epochs"],
-            "parameters": f"{parameters:,}", "multiply-adds an image": f"{multiply_adds:,}",
+            "parameters": f"{run.size[0]:,}", "multiply-adds an image": f"{run.size[1]:,}",
             "seconds an epoch": fact("seconds_per_epoch", "{:,.0f}"),
             "images/s": f"{np.mean([row['images_per_second'] for row in run.rows]):,.0f}" if run.rows else None,
             "peak memory a process": fact("peak_memory_bytes", "{:,.0f} MiB", 2**-20),
@@ -1773,16 +1736,23 @@ def results_row(run):
             "device": run.facts.get("device"), "folder": f"`{run.folder}`"}
 
 
-def write_page(path, records, runs, fits, images):
-    """report.md beside the pictures that could be drawn; `fits` by title, `images` were distorted at most."""
-    def picture(name, caption):
-        there = path.with_name(f"{name}.png").exists()
-        return f"![{caption}]({name}.png)" if there else "Not drawn: no run has what it takes."
+def write_page(out, records, tested, turned, distorted, images):
+    """report.md and its pictures in the folder `out`; results are by title, `images` at most were distorted."""
+    def section(title, name, plot, content, *text):
+        path = out / f"{name}.png"
+        path.unlink(missing_ok=True)
+        if content:
+            plot(content, path)
+        shown = f"![{title.strip('# ')}]({path.name})" if content else "Not drawn: no run has what it takes."
+        return "\n\n".join([title, shown, *text])
 
-    angles = {title: [
+    runs = [run for run in records if run.facts]
+    fits = {title: fits for title, (_, _, _, fits) in turned.items()}
+    tables = [f"**{title}**\n\n" + markdown([
         {"angle fitted from": kind, "R²": f"**{np.nanmean(r2):.2f}**", "mean error": f"{np.nanmean(error):.1f}°"}
-        | {f"R² of {c}": f"{r2[c]:.2f}" for c in range(CLASSES)} for kind, (r2, error) in fits[title].items()]
-        for title in fits}
+        | {f"R² of {c}": f"{r2[c]:.2f}" for c in range(CLASSES)} for kind, (r2, error) in fit.items()])
+        for title, fit in fits.items()]
+    networks = {run.facts["model"]: run.network for run in sorted(runs, key=nearness)}
     parts = [
         "# AlexCapsNet and ResCapsNet, claim by claim",
         "Written by `caps.py report` from the files of finished runs. Accuracies are those after the last epoch; "
@@ -1791,60 +1761,51 @@ def write_page(path, records, runs, fits, images):
         "## What the study claims", markdown(claims(runs, fits)),
         "Judged by finished runs on full MNIST; of several, by that with the most epochs, then the one nearest to the "
         "study's recipe.",
-        "## Accuracy and loss", picture("curves", "Accuracy and loss of every run"),
-        "## Confusion matrices", picture("confusion", "Confusion matrices"),
-        "## ROC", picture("roc", "One-versus-rest ROC curves, whole and their upper left corner"),
-        # Architecture diagrams: the section with the two pictures goes here.
-        "## Do capsules preserve orientation?",
-        f"{images:,} test images at most, evenly over the test set, are each rotated by a random angle in ±30°. For "
-        "each class a ridge regression is fitted to every other image of those that are still recognised, its penalty "
-        "chosen there, and scored on the rest, its answers cut to ±30°. Guessing 0° has an R² of 0 and a mean error of "
-        "15°. Two of these rules, recognised images only and the cut, were added after a first fit on test images of "
-        "AlexCapsNet without them, in which a few misread digits outweighed all others; the criterion is older.",
-        *(part for title, rows in angles.items() for part in (f"**{title}**", markdown(rows))),
-        picture("orientation", "The capsule dimensions that vary most with the angle"),
-        "## Robustness",
-        "The same images rotated or shifted sideways, every other one to the other side, or with Gaussian noise and "
-        "cut to [0, 1].",
-        picture("robustness", "Accuracy of distorted images"),
+        section("## Accuracy and loss", "curves", plot_curves, {run.title: run.rows for run in runs if run.rows}),
+        section("## Confusion matrices", "confusion", plot_confusion,
+                {run.title: run.facts for run in runs if "confusion" in run.facts}),
+        section("## ROC, one class against the rest", "roc", plot_roc, {t: tested[t][1:] for t in tested}),
+        "## Architectures", *(section(f"### {MODELS[model].__name__}", f"diagram-{model}", plot_diagram, network)
+                              for model, network in networks.items()),
+        section("## Do capsules preserve orientation?", "orientation", plot_orientation, turned,
+                "Every test image is rotated by a random angle in ±30°. For each class a ridge regression is fitted to "
+                "every other image of those that are still recognised, its penalty chosen there, and scored on the "
+                "rest, its answers cut to ±30°. Guessing 0° has an R² of 0 and a mean error of 15°. Two of these "
+                "rules, recognised images only and the cut, were added after a first fit on test images of AlexCapsNet "
+                "without them, in which a few misread digits outweighed all others; the whole test set, in place of "
+                "2,000 of its images, came later still; the criterion is older than all three. The picture shows "
+                "the capsule dimensions that vary most with the angle.", *tables),
+        section("## Robustness", "robustness", plot_robustness, distorted,
+                f"{images:,} test images at most, evenly over the test set, rotated or shifted sideways, every other "
+                "one to the other side, or with Gaussian noise and cut to [0, 1]."),
         "## What is missing",
         "\n".join(f"* `{record.folder}`: {what}" for record in records for what in record.missing) or "Nothing."]
-    write_atomically(path, lambda file: file.write_text("\n\n".join(parts) + "\n"))
-
-
-def name_runs(runs):
-    """Give each run the title that it has in the page, with its folder where others would have the same."""
-    for run in runs:
-        count = run.facts.get("world_size")
-        processes = f"{count} process{'es' if count > 1 else ''}" if count else "unfinished"
-        dataset = "" if run.facts["dataset"] == "mnist" else f", {run.facts['dataset']}"
-        run.title = f"{MODELS[run.facts['model']].__name__}, {processes}{dataset}"
-    titles = [run.title for run in runs]
-    for run in runs:
-        run.title += f" ({run.folder})" if titles.count(run.title) > 1 else ""
+    write_atomically(out / "report.md", lambda file: file.write_text("\n\n".join(parts) + "\n"))
 
 
 def test_again(run, data_dir, device):
-    """(class scores [n, J], labels [n], `measure`'s dictionary) of a run's test images, and these."""
+    """A run's model on its test set: (images, class scores [n, J], labels [n], `measure`'s dictionary)."""
     data = load_data(run.facts["dataset"], data_dir, run.facts["holdout"]).to(device)
-    parts = progress(run.title, data.test_images.split(5 * EVALUATION_BATCH))
-    scores = torch.cat([class_scores(run.model, part, World(0, 1, device), run.facts["amp"]) for part in parts])
+    run.model.to(device)
+    scores = torch.cat([class_scores(run.model, part, World(0, 1, device), run.facts["amp"])
+                        for part in progress(run.title, data.test_images.split(5 * EVALUATION_BATCH))])
     result = measure(scores, data.test_labels)
     if abs(result["test_accuracy"] - run.facts.get("test_accuracy", result["test_accuracy"])) > 0.002:
         run.missing.append(f"last.pt has a test accuracy of {100 * result['test_accuracy']:.2f} %, not the run's")
-    return (scores, data.test_labels, result), data.test_images
+    return data.test_images, scores, data.test_labels, result
 
 
 def report(args):
     """report.md and its pictures from finished runs; what cannot be read is named there and on stderr."""
-    device = start_world(args.device).device
+    device, out = start_world(args.device).device, pathlib.Path(args.out)
     files = (file for file in pathlib.Path("runs").glob("*/*") if file.name in ("last.pt", "summary.json"))
-    records = [read_run(folder, device) for folder in dict.fromkeys(args.runs or sorted(file.parent for file in files))]
+    records = [read_run(folder) for folder in dict.fromkeys(args.runs or sorted(file.parent for file in files))]
     runs = [run for run in records if run.facts]
     if not runs:
         raise UserError("; ".join(f"{run.folder}: {run.missing[0]}" for run in records) or "report: no run under runs/")
-    name_runs(runs)
-    out = pathlib.Path(args.out)
+    titles = [run.title for run in runs]
+    for run in (run for run in runs if titles.count(run.title) > 1):
+        run.title += f" ({run.folder})"
     out.mkdir(parents=True, exist_ok=True)
     tested, turned, distorted = {}, {}, {}
     for run in (run for run in runs if run.model):
@@ -1852,24 +1813,13 @@ def report(args):
             tested[run.title] = test_again(run, args.data_dir, device)
         except UserError as error:
             run.missing.append(f"not tested, so without ROC, orientation and robustness: {error}")
-    for model in MODELS:  # one run each: best on full MNIST, of one process, with the most epochs, as the study's
-        able = [run for run in runs if run.facts["model"] == model and run.title in tested]
-        if able:
-            run = max(able, key=lambda run: (run.on_full_mnist(), run.facts.get("world_size") == 1, run.facts["epochs"],
-                                             -len(run.departures())))
-            (_, labels, _), images = tested[run.title]
-            chosen = torch.linspace(0, len(images) - 1, min(args.images, len(images))).round().long().to(device)
-            turned[run.title] = orientation(run.model, images[chosen], labels[chosen], run.facts["amp"])
-            distorted[run.title] = robustness(run.model, images[chosen], labels[chosen], run.facts["amp"])
-    for name, plot, content in (
-            ("curves", plot_curves, {run.title: run.rows for run in runs if run.rows}),
-            ("confusion", plot_confusion, {run.title: run.facts for run in runs if "confusion" in run.facts}),
-            ("roc", plot_roc, {title: result for title, (result, _) in tested.items()}),
-            ("orientation", plot_orientation, turned), ("robustness", plot_robustness, distorted)):
-        (out / f"{name}.png").unlink(missing_ok=True)
-        if content:
-            plot(content, out / f"{name}.png")
-    write_page(out / "report.md", records, runs, {title: result[3] for title, result in turned.items()}, args.images)
+    nearest = {run.facts["model"]: run for run in sorted(runs, key=nearness) if run.title in tested}
+    for run in nearest.values():
+        images, scores, labels, _ = tested[run.title]
+        turned[run.title] = orientation(run.model, images, labels, run.facts["amp"])
+        few = (each[::-(-len(images) // args.images)] for each in (images, scores, labels))
+        distorted[run.title] = robustness(run.model, *few, run.facts["amp"])
+    write_page(out, records, tested, turned, distorted, args.images)
     for record, what in ((record, what) for record in records for what in record.missing):
         print(f"caps: {record.folder}: {what}", file=sys.stderr)
     print(f"{len(runs)} run(s): {out / 'report.md'}")
@@ -2001,7 +1951,7 @@ def build_parser():
     sub.add_argument("--out", default="report", metavar="DIR", help="folder to write report.md and its pictures to")
     sub.add_argument("--data-dir", default=os.environ.get("CAPS_DATA") or "./data", help="folder of the data sets")
     sub.add_argument("--images", type=number(int, 20), default=2000, metavar="N",
-                     help="test images to rotate, shift and blur with noise")
+                     help="test images to distort for the robustness curves")
     add_device(sub)
     return parser
 
