@@ -44,12 +44,18 @@ ddp() {
         break
     done
     [ ${#torchrun_options[@]} -gt 0 ] || torchrun_options=(--standalone)
-    # torchrun ends in a traceback where another program listens at the port that this machine is to open.
-    local joined=" ${torchrun_options[*]//=/ } "
-    if [[ ! $joined =~ node.rank\ [1-9]|rdzv.backend && ${joined//_/-} =~ \ --(master-port|rdzv-endpoint)\ ([^\ ]*:)?([0-9]+)\  ]]; then
-        "$venv/bin/python" -c 'import socket, sys; socket.create_server(("", int(sys.argv[1])))' "${BASH_REMATCH[3]}" 2>/dev/null ||
-            fail "port ${BASH_REMATCH[3]} is in use here; name another one"
+    local joined=" ${torchrun_options[*]//=/ } " host=1
+    [[ ! $joined =~ node.rank\ [1-9] ]] || host=0
+    if [[ ! $joined =~ rdzv.backend ]]; then
+        # torchrun ends in a traceback where another program listens at the port that this machine is to open.
+        if [[ $host = 1 && ${joined//_/-} =~ --(master-port|rdzv-endpoint)\ ([^\ ]*:)?([0-9]+)\  ]]; then
+            "$venv/bin/python" -c 'import socket, sys; socket.create_server(("", int(sys.argv[1])))' \
+                "${BASH_REMATCH[3]}" 2>/dev/null || fail "port ${BASH_REMATCH[3]} is in use here; name another one"
+        fi
+        [[ ! $joined =~ rdzv.endpoint ]] || torchrun_options+=(--rdzv-backend c10d --rdzv-conf "is_host=$host")
     fi
+    # A store for each attempt: in a shared one gloo finds the addresses of processes that are no more.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 CAPS_JOB=$$-$(date +%s)
     threads=$(($(nproc) / processes))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     # What can be refused is refused here, once; and the library is built before the ranks ask for it.

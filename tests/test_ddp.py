@@ -12,7 +12,8 @@ import torch
 import caps
 from test_caps import CAPS, command, small, embedded  # noqa: F401  (fixtures)
 
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "CAPS_DATA"} | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "CAPS_DATA"} | {
+    "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # the latter as run.sh has it
 
 
 def torchrun(processes, *words, cwd, program=CAPS, options=("--standalone",), **environment):
@@ -170,7 +171,7 @@ def test_run_sh_starts_two_machines_that_meet(small, tmp_path):  # noqa: F811
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     agents = [subprocess.Popen(
-        [str(RUN), "ddp", "1", "--nnodes", "2", "--node-rank", str(rank), "--rdzv-backend", "c10d", "--rdzv-id", "t",
+        [str(RUN), "ddp", "1", "--nnodes", "2", "--node-rank", str(rank),
          "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1", "--", "--dataset", "mnist", "--data-dir",
          str(small), "--epochs", "1", "--out", "run"], cwd=tmp_path, env=ENVIRONMENT | {"VENV": sys.prefix},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
