@@ -70,10 +70,8 @@ def squash(s, dim=-1, backend=None):
     `backend`: "auto", "native" or "torch"; by default the environment's CAPS_BACKEND, else "auto".
     Raises TypeError for other dtypes. Equation 1 of Sabour, Frosst and Hinton, Dynamic Routing Between Capsules, 2017.
     """
-    def native(s):
-        return torch.ops.caps.squash(s.movedim(dim, -1)).movedim(-1, dim)
-
-    return _run(native, functools.partial(_squash, dim=dim), backend, s=s)
+    return _run(lambda s: torch.ops.caps.squash(s.movedim(dim, -1)).movedim(-1, dim),
+                lambda s: _squash(s, dim), backend, s=s)
 
 
 def routing(votes, iterations=3, backend=None):
@@ -181,9 +179,9 @@ _LOCK = threading.Lock()
 
 def backend(device="cpu"):
     """("native" or "torch", the reason) for tensors on `device` ("cpu" or "cuda") when the choice is automatic."""
-    able, reason = _available(torch.device(device).type)
     if _BACKEND == "torch":
-        able, reason = False, "CAPS_BACKEND=torch"
+        return "torch", "CAPS_BACKEND=torch"
+    able, reason = _available(torch.device(device).type)
     return ("native" if able else "torch"), reason
 
 
@@ -448,7 +446,7 @@ def load_idx(name, data_dir):
                 getattr(datasets, DATASETS[name])(data_dir, download=True)
         except (ImportError, OSError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
-            raise FileNotFoundError(f"{folder / missing[0]} is not there and cannot be downloaded ({reason})") from error
+            raise FileNotFoundError(f"{folder / missing[0]}: not there, and not to be downloaded ({reason})") from error
     files = [find_idx(folder, stem) for stem in IDX_FILES]
     train, test = read_split(*files[:2]), read_split(*files[2:])
     if len(train[0]) < len(test[0]):
@@ -502,10 +500,8 @@ def move(images, motion):
 
 
 def epoch_plan(count, seed, epoch, rotate, shift):
-    """What an epoch shows, a function of (seed, epoch) alone: an order [count], and motions [count, 3] for `move`.
-
-    `rotate` in degrees and `shift` in pixels of a 28-pixel image bound the uniform draws.
-    """
+    """What an epoch shows, a function of (seed, epoch) alone: an order [count], and motions [count, 3] for `move`,
+    drawn uniformly up to `rotate` degrees and `shift` pixels of a 28-pixel image."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
     bound = torch.tensor([np.deg2rad(rotate), shift / 14, shift / 14], dtype=torch.float32)
@@ -538,6 +534,11 @@ def start_world(device):
             raise UserError(f"{here} processes but {gpus} GPU(s): start at most {gpus} here, or add --device cpu")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    if _BACKEND != "auto":
+        try:
+            _native(_BACKEND, device.type)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"CAPS_BACKEND={_BACKEND}: {error}") from error
     if size > 1:
         gpu = device.type == "cuda"
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
@@ -545,7 +546,7 @@ def start_world(device):
 
 
 def from_rank0(world, make):
-    """`make()`, called on rank 0 alone, on every rank. Its UserError or OSError ends every rank and is reported once."""
+    """`make()` of rank 0 alone, on every rank. Its UserError or OSError ends every rank and is reported once."""
     outcome = [None, None]
     if world.rank == 0:
         try:
@@ -574,15 +575,14 @@ EVALUATION_BATCH = 200
 
 def autocast(device, amp):
     """The autocast context of --amp off, bf16 or fp16."""
-    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+    return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
 
 
 @torch.no_grad()
 def class_scores(model, images, world, amp="off"):
-    """Lengths of the class capsules of uint8 images [n, 28, 28] -> float32 [n, J] on every process.
+    """Lengths of the class capsules of uint8 images [n, 28, 28] -> float32 [n, J], on every process.
 
-    The processes take whole batches in turn, and the batches do not depend on how many processes there are.
+    The processes take batches in turn, which are the same for any number of processes.
     """
     if world.size > 1:  # on CPUs BatchNorm's statistics are each process's own; those of rank 0 are kept
         for buffer in model.buffers():
@@ -717,16 +717,14 @@ def write_json(path, content):
 
 def environment(world):
     """What every summary.json says of where it was made; memory is the GPU allocator's peak, or the resident set's."""
-    if world.device.type == "cuda":
-        device, peak = torch.cuda.get_device_name(world.device), torch.cuda.max_memory_allocated(world.device)
-    else:
-        import resource
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss in bytes
-        device = f"cpu, {torch.get_num_threads()} threads"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"device": device, "world_size": world.size, "routing_backend": backend(world.device.type)[0],
-            "python": platform.python_version(), "torch": torch.__version__, "version": __version__,
-            "peak_memory_bytes": peak}
+    import resource
+    gpu, unit = world.device.type == "cuda", 1 if sys.platform == "darwin" else 1024  # of ru_maxrss in bytes
+    return {
+        "device": torch.cuda.get_device_name(world.device) if gpu else f"cpu, {torch.get_num_threads()} threads",
+        "world_size": world.size, "routing_backend": backend(world.device.type)[0],
+        "python": platform.python_version(), "torch": torch.__version__, "version": __version__,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(world.device) if gpu else
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 def write_results(folder, what, facts, scores, result, data, world):
@@ -748,13 +746,13 @@ RECIPE = ("model", "dataset", "holdout", "batch_size", "accumulate", "lr", "gamm
           "rotate", "shift", "ema", "lr_scale", "warmup", "seed")
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds", "images_per_second",
            "dataset")
+PROGRESS = ("epoch {epoch:3d}/{epochs}  train loss {train_loss:.4f} accuracy {train_accuracy:.4f}  "
+            "test loss {test_loss:.4f} accuracy {test_accuracy:.4f}  lr {lr:.2e}  {seconds:.1f} s  "
+            "{images_per_second:.0f} images/s")
 RUN_FILES = ("last.pt", "metrics.csv", "summary.json", "curves.png", "confusion.png", "roc.png", "misclassified.png")
+PARTS = ("model", "average", "optimizer", "scaler")  # attributes of a Run that have a state_dict
 STATE = ("history", "position", "steps", "seconds")  # attributes of a Run that its checkpoint holds as they are
 JOB = os.environ.get("TORCHELASTIC_RUN_ID", "")  # one for all processes and restarts that torchrun starts together
-
-
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived; the checkpoint is written."""
 
 
 @dataclasses.dataclass
@@ -775,7 +773,7 @@ class Run:
     position: int = 0  # images of the current epoch that are trained on
     seconds: float = 0.0  # spent training in the current epoch
     steps: int = 0
-    signal: int = 0
+    signal: int = 0  # SIGINT or SIGTERM, once it has arrived
 
     @property
     def epoch(self):
@@ -788,33 +786,30 @@ class Run:
 
 
 def files_to_replace(args):
-    """The files of another run in the folder to write to; a UserError unless --overwrite gives them up."""
-    folder = args.out or args.resume and pathlib.Path(args.resume).parent
-    if not folder or args.resume and pathlib.Path(folder, "last.pt").resolve() == pathlib.Path(args.resume).resolve():
+    """The files of another run in --out; a UserError unless --overwrite gives them up."""
+    folder = pathlib.Path(args.out or "")
+    if not args.out or args.resume and (folder / "last.pt").resolve() == pathlib.Path(args.resume).resolve():
         return []
-    held = [path for path in (pathlib.Path(folder, name) for name in RUN_FILES) if path.exists()]
+    held = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if held and not args.overwrite:
         raise UserError(f"--out {folder}: holds a run ({held[0].name}); add --resume to go on with it, --overwrite to "
                         "replace it, or name another folder")
     return held
 
 
-def choose_folder(args):
-    """The folder to write to, made if need be. One that holds a run is not taken without --overwrite or --resume."""
-    if not args.out and not args.resume:
+def make_folder(args):
+    """The folder to write to: --out, made if need be, or a new one."""
+    if not args.out:
         for number in itertools.count(1):
             folder = pathlib.Path(f"runs/{args.model}-{args.dataset}{f'-{number}' if number > 1 else ''}")
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 return folder
-    folder = pathlib.Path(args.out or pathlib.Path(args.resume).parent)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from error
-    for path in files_to_replace(args):
-        path.unlink()
-    return folder
+        raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from error
+    return pathlib.Path(args.out)
 
 
 def find_resume(args):
@@ -842,33 +837,30 @@ def read_checkpoint(path):
             warnings.simplefilter("ignore")  # a foreign pickle is reported below, in one line
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = checkpoint["config"]
-        if not {"model", "average", *STATE} <= checkpoint.keys() or not {"epochs", *RECIPE} <= config.keys():
+        if not {*PARTS, *STATE} <= checkpoint.keys() or not {"epochs", *RECIPE} <= config.keys():
             raise ValueError("it holds something else")
         if config["model"] not in MODELS:
             raise ValueError(f"of an unknown model, {config['model']}")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch.load raises whatever a foreign file leads it to
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path}: not a checkpoint of caps.py, or damaged; nothing of it was run ({reason})") from error
     return checkpoint
 
 
 def load_model(checkpoint, device):
-    config = checkpoint["config"]
-    model = MODELS[config["model"]](iterations=config["iterations"]).to(device)
-    if checkpoint["average"]:
-        average = AveragedModel(model)
-        average.load_state_dict(checkpoint["average"])
-        return average.module
-    model.load_state_dict(checkpoint["model"])
-    return model
+    """The model of a checkpoint that is evaluated and used."""
+    model = MODELS[checkpoint["config"]["model"]](iterations=checkpoint["config"]["iterations"])
+    weights = checkpoint["average"] or checkpoint["model"]  # AveragedModel adds a counter and a prefix to the names
+    model.load_state_dict({k.removeprefix("module."): v for k, v in weights.items() if k != "n_averaged"})
+    return model.to(device)
 
 
 def settle_resume(args):
-    """Find and read the checkpoint to go on from and take the recipe from it: (args, checkpoint or None).
+    """(args, the checkpoint to go on from or None): the recipe and the folder are taken from the checkpoint.
 
-    An option that contradicts the checkpoint is a UserError; `--epochs` may differ.
+    An option that contradicts it is a UserError; --epochs and --out may differ.
     """
     args.resume = find_resume(args)
     if not args.resume:
@@ -882,6 +874,7 @@ def settle_resume(args):
         setattr(args, key, value)
     if "epochs" not in args.given:
         args.epochs = checkpoint["config"]["epochs"]
+    args.out = args.out or str(pathlib.Path(args.resume).parent)
     return args, checkpoint
 
 
@@ -893,13 +886,10 @@ def save(run):
     totals = all_sum(run.world, run.totals.clone()).cpu()
     check_finite(run, totals[0].item())
     if run.world.rank == 0:
-        content = {
-            "version": __version__, "job": JOB,
-            "config": {key: getattr(run.args, key) for key in (*RECIPE, "epochs")},
-            "model": run.model.state_dict(), "average": run.average and run.average.state_dict(),
-            "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "rng": torch.get_rng_state(),
-            "totals": totals,
-        } | {name: getattr(run, name) for name in STATE}
+        config = {key: getattr(run.args, key) for key in (*RECIPE, "epochs")}
+        content = {"version": __version__, "job": JOB, "config": config, "totals": totals, "rng": torch.get_rng_state()}
+        content |= {name: getattr(run, name) for name in STATE}
+        content |= {name: getattr(run, name) and getattr(run, name).state_dict() for name in PARTS}
         write_atomically(run.folder / "last.pt", lambda path: torch.save(content, path))
         write_atomically(run.folder / "metrics.csv", lambda path: write_metrics(path, run.history))
 
@@ -910,7 +900,10 @@ def start_run(args, world):
         settled, checkpoint = settle_resume(args)
         data = load_data(settled.dataset, settled.data_dir, settled.holdout)
         settled.dataset = data.name
-        return settled, checkpoint, data, choose_folder(settled)
+        held, folder = files_to_replace(settled), make_folder(settled)
+        for path in held:
+            path.unlink()
+        return settled, checkpoint, data, folder
 
     args, checkpoint, data, folder = from_rank0(world, prepare)
     if data.note and world.rank == 0:
@@ -929,11 +922,9 @@ def start_run(args, world):
                   averages, weights, 1 - min(args.ema, (1 + run.steps) / (10 + run.steps)))) if args.ema else None,
               totals=torch.zeros(2, dtype=torch.float64, device=world.device))
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
-        if run.average:
-            run.average.load_state_dict(checkpoint["average"])
-        run.scaler.load_state_dict(checkpoint["scaler"])
+        for name in PARTS:
+            if checkpoint[name] is not None:
+                getattr(run, name).load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
         for name in STATE:
             setattr(run, name, checkpoint[name])
@@ -974,7 +965,7 @@ def check_finite(run, loss):
 def train_epoch(run):
     """Show every training image once, from `run.position` on; the last (images mod processes) are left out.
 
-    The mean loss, the accuracy, and images per second.
+    The mean loss, the accuracy, and images per second; None where a signal stopped it, after saving.
     """
     from tqdm import tqdm
     args, world, images = run.args, run.world, len(run.data.train_images)
@@ -1001,7 +992,7 @@ def train_epoch(run):
             if run.signal or (run.steps % args.checkpoint_every == 0 and end < count):
                 save(run)
             if run.signal:
-                raise Stopped
+                return None
     totals = all_sum(world, run.totals).tolist()  # waits for the device
     check_finite(run, totals[0])
     run.seconds = time.perf_counter() - begun
@@ -1043,36 +1034,26 @@ def train(args):
             signal.signal(number, lambda number, frame: setattr(run, "signal", number))
     save(run)
     tested = None
-    try:
-        while run.epoch < args.epochs:
-            loss, accuracy, rate = train_epoch(run)
-            tested = evaluate_run(run)
-            run.history.append(dict(zip(COLUMNS, (
-                run.epoch + 1, loss, accuracy, tested[1]["test_loss"], tested[1]["test_accuracy"],
-                learning_rate(args, world, run.epoch, 1), run.seconds, rate, args.dataset))))
-            run.position, run.seconds = 0, 0.0
-            run.totals.zero_()
-            save(run)
-            if world.rank == 0:
-                print(progress_line(run.history[-1], args.epochs), flush=True)
-            if run.signal:
-                raise Stopped
-        finish(run, *(tested or evaluate_run(run)))
-    except Stopped:
-        print(f"stopped in epoch {run.epoch + 1}; go on with:\n  {resume_command(run)}")
+    while run.epoch < args.epochs and not run.signal:
+        trained = train_epoch(run)
+        if trained is None:
+            break
+        loss, accuracy, rate = trained
+        tested = evaluate_run(run)
+        run.history.append(dict(zip(COLUMNS, (
+            run.epoch + 1, loss, accuracy, tested[1]["test_loss"], tested[1]["test_accuracy"],
+            learning_rate(args, world, run.epoch, 1), run.seconds, rate, args.dataset))))
+        run.position, run.seconds = 0, 0.0
+        run.totals.zero_()
+        save(run)
+        if world.rank == 0:
+            print(PROGRESS.format(epochs=args.epochs, **run.history[-1]), flush=True)
+    if run.signal:
+        again = ["python", sys.argv[0], "--resume", str(run.folder / "last.pt"), "--data-dir", args.data_dir]
+        print(f"stopped in epoch {run.epoch + 1}; go on with:\n  {shlex.join(again)}")
         return 128 + run.signal
+    finish(run, *(tested or evaluate_run(run)))
     return 0
-
-
-def progress_line(row, epochs):
-    return (f"epoch {row['epoch']:3d}/{epochs}  train loss {row['train_loss']:.4f} "
-            f"accuracy {row['train_accuracy']:.4f}  test loss {row['test_loss']:.4f} "
-            f"accuracy {row['test_accuracy']:.4f}  lr {row['lr']:.2e}  "
-            f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s")
-
-
-def resume_command(run):
-    return shlex.join(["python", sys.argv[0], "--resume", str(run.folder / "last.pt"), "--data-dir", run.args.data_dir])
 
 
 def write_metrics(path, rows):
@@ -1251,10 +1232,10 @@ def export(args):
                               dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         worst = 0.0
-        for part in images.split(EVALUATION_BATCH):
+        for part in map(to_float, images.split(EVALUATION_BATCH)):
             with torch.no_grad():
-                expected = model(to_float(part))
-            found = session.run(None, {"images": to_float(part).numpy()})
+                expected = model(part)
+            found = session.run(None, {"images": part.numpy()})
             worst = max(worst, *(float(np.abs(a.numpy() - b).max()) for a, b in zip(expected, found)))
         if not worst <= 1e-5:
             raise UserError(f"{args.out}: not written, onnxruntime differs by {worst:.1e}, expected at most 1e-5")
@@ -1273,19 +1254,17 @@ def layer_table(model):
     """
     rows = []
 
-    def record(name):
-        def hook(module, inputs, output):
-            multiply_adds = 0
-            if isinstance(module, nn.Conv2d):
-                multiply_adds = module.weight.numel() * output.shape[2] * output.shape[3]
-            elif isinstance(module, CapsuleLayer):
-                n, j, d, k = module.weight.shape
-                multiply_adds = n * j * d * (k + 2 * module.iterations - 1)
-            parameters = sum(p.numel() for p in module.parameters())
-            rows.append((name, type(module).__name__, tuple(output.shape[1:]), parameters, multiply_adds))
-        return hook
+    def record(name, module, inputs, output):
+        multiply_adds = 0
+        if isinstance(module, nn.Conv2d):
+            multiply_adds = module.weight.numel() * output.shape[2] * output.shape[3]
+        elif isinstance(module, CapsuleLayer):
+            n, j, d, k = module.weight.shape
+            multiply_adds = n * j * d * (k + 2 * module.iterations - 1)
+        parameters = sum(p.numel() for p in module.parameters())
+        rows.append((name, type(module).__name__, tuple(output.shape[1:]), parameters, multiply_adds))
 
-    hooks = [module.register_forward_hook(record(name)) for name, module in model.named_modules()
+    hooks = [module.register_forward_hook(functools.partial(record, name)) for name, module in model.named_modules()
              if not list(module.children())]
     with torch.no_grad():
         model.eval()(torch.zeros(1, 1, 28, 28, device=next(model.parameters()).device))
@@ -1879,28 +1858,25 @@ class Parser(argparse.ArgumentParser):
 
 
 class ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    """Defaults shown, and the lines of descriptions kept."""
 
 
 def number(kind, low, high=float("inf"), open_low=False):
     """An argparse type: a finite number in [low, high], or (low, high] if `open_low`."""
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not (low < value if open_low else low <= value) or not value <= high or value == float("inf"):
-            word = "a whole number" if kind is int else "a number"
-            bounds = f"{'above' if open_low else 'of at least'} {low}"
-            bounds += f" and at most {high}" if high < float("inf") else ""
-            raise argparse.ArgumentTypeError(f"expected {word} {bounds}, got {text!r}")
-        return value
+            if (low < value if open_low else low <= value) and value <= high and value < float("inf"):
+                return value
+        bounds = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {high}" if high < np.inf else "")
+        raise argparse.ArgumentTypeError(f"expected a {'whole ' * (kind is int)}number {bounds}, got {text!r}")
     return parse
 
 
-def add_mode(modes, name, run, help, *shared):
-    """A mode with those of the options that several modes share; returns its method to add further arguments."""
-    options = {
+def build_parser():
+    parser = Parser(prog="caps.py", description=__doc__, formatter_class=ManualFormatter)
+    modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser)
+    shared = {
         "--model": dict(choices=list(MODELS), default="alexcaps", help="network"),
         "--iterations": dict(type=number(int, 1), default=3, help="routing iterations"),
         "--dataset": dict(choices=["auto", *DATASETS, EMBEDDED],
@@ -1908,96 +1884,85 @@ def add_mode(modes, name, run, help, *shared):
         "--data-dir": dict(default=os.environ.get("CAPS_DATA") or "./data",
                            help="folder in torchvision's layout; also set by CAPS_DATA"),
         "--device": dict(choices=["auto", "cpu", "cuda"], default="auto", help="where to compute"),
+        "--amp": dict(choices=["off", "bf16", "fp16"], default="off", help="mixed precision; fp16 needs CUDA"),
         "--checkpoint": dict(required=True, metavar="FILE", help="last.pt of a run"),
     }
-    sub = modes.add_parser(name, help=help, description=help, formatter_class=ManualFormatter, allow_abbrev=False)
-    sub.set_defaults(run=run)
-    for option in shared:
-        sub.add_argument(option, **options[option])
-    return sub.add_argument
 
+    def mode(name, run, help, options, **defaults):
+        """Add a mode with some of the shared options; its method to add further ones."""
+        sub = modes.add_parser(name, help=help, description=help, formatter_class=ManualFormatter, allow_abbrev=False)
+        for option in options.split():
+            sub.add_argument(option, **shared[option])
+        sub.set_defaults(run=run, **defaults)
+        return sub.add_argument
 
-def build_parser():
-    parser = Parser(prog="caps.py", description=__doc__, formatter_class=ManualFormatter)
-    modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser)
-    add_training(modes)
-    add = add_mode(modes, "eval", evaluate, "evaluate a checkpoint on a test set",
-                   "--checkpoint", "--dataset", "--data-dir", "--device")
-    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
+    add_train(mode)
+    add = mode("eval", evaluate, "evaluate a checkpoint on a test set",
+               "--checkpoint --dataset --data-dir --device --amp")
     add("--out", metavar="DIR", help="folder to write to; by default eval-DATASET beside the checkpoint")
-    add = add_mode(modes, "predict", predict, "classify image files with a checkpoint", "--checkpoint", "--device")
+    add = mode("predict", predict, "classify image files with a checkpoint", "--checkpoint --device")
     add("images", nargs="+", metavar="IMAGE", help="image files, folders or glob patterns")
     add("--invert", action="store_true", help="the digits are dark on white")
     add("--explain", nargs="?", const=".", metavar="DIR",
         help="also draw each image's routing, as NAME-routing.png in DIR (here)")
-    add = add_mode(modes, "export", export, "write a checkpoint as an ONNX file, checked against onnxruntime",
-                   "--checkpoint", "--dataset", "--data-dir")
+    add = mode("export", export, "write a checkpoint as an ONNX file, checked against onnxruntime",
+               "--checkpoint --dataset --data-dir")
     add("out", metavar="FILE", help="the file to write, model.onnx say")
-    add_mode(modes, "summary", summary, "print a model layer by layer: shapes, parameters, multiply-adds",
-             "--model", "--iterations")
-    add = add_mode(modes, "diagram", diagram, "draw a model as data flows through it: diagram-MODEL.svg and .png",
-                   "--model", "--iterations")
+    mode("summary", summary, "print a model layer by layer: shapes, parameters, multiply-adds", "--model --iterations")
+    add = mode("diagram", diagram, "draw a model as data flows through it: diagram-MODEL.svg and diagram-MODEL.png",
+               "--model --iterations")
     add("--out", default=".", metavar="DIR", help="folder to write to")
-    add = add_mode(modes, "report", report, "judge the study's claims by finished runs, in one page with pictures",
-                   "--data-dir", "--device")
+    add = mode("report", report, "judge the study's claims by finished runs, in one page with pictures",
+               "--data-dir --device")
     add("runs", nargs="*", metavar="RUN_DIR", help="folders of runs; by default all under runs/")
     add("--out", default="report", metavar="DIR", help="folder to write report.md and its pictures to")
-    add("--images", type=number(int, 20), default=2000, metavar="N",
-        help="test images to rotate, shift and blur with noise")
+    add("--images", type=number(int, 20), default=2000, metavar="N", help="test images to turn, shift and add noise to")
     return parser
 
 
-def add_training(modes):
-    """The mode train, some of whose defaults are others where torchrun starts several processes."""
+def add_train(mode):
+    """The mode train."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    several_amp = "fp16" if torch.cuda.is_available() else "bf16"
-    add = add_mode(modes, "train", train, "train a model and evaluate it after every epoch (the default mode)",
-                   "--model", "--iterations", "--data-dir", "--device")
-    add("--dataset", choices=["auto", *DATASETS, EMBEDDED], default="auto", help="auto: MNIST from disk or download, else "
-        f"the embedded {EMBEDDED}")
-    add("--holdout", type=number(int, 0), default=0, metavar="N",
-        help="evaluate on the last N training images, left out of training, instead of the test set")
-    add("--epochs", type=number(int, 1), default=20, help="epochs in all, those before --resume included")
-    add("--batch-size", type=number(int, 1), default=32, metavar="N", help="images a process and micro-step")
-    add("--accumulate", type=number(int, 1), default=4 if several else 1, metavar="N",
-        help="micro-steps per optimizer step; 4 where torchrun starts several processes")
+    amp = ("fp16" if torch.cuda.is_available() else "bf16") if several else "off"
+    add = mode("train", train, "train a model and evaluate it after every epoch (the default mode); where torchrun "
+               "starts several processes --accumulate, --amp, --lr-scale and --warmup have other defaults",
+               "--model --iterations --dataset --data-dir --device --amp", dataset="auto", amp=amp)
+    natural = number(int, 1)
+    add("--holdout", type=number(int, 0), default=0, metavar="N", help="test on the last N training images instead")
+    add("--epochs", type=natural, default=20, help="epochs in all, those before --resume included")
+    add("--batch-size", type=natural, default=32, metavar="N", help="images a process and micro-step")
+    add("--accumulate", type=natural, default=4 if several else 1, metavar="N", help="micro-steps per optimizer step")
     add("--lr", type=number(float, 0, open_low=True), default=0.001, help="Adam's learning rate")
     add("--gamma", type=number(float, 0, 1, open_low=True), default=0.7, help="factor of the learning rate ...")
-    add("--step-size", type=number(int, 1), default=2, metavar="EPOCHS", help="... after every so many epochs")
-    add("--amp", choices=["off", "bf16", "fp16"], default=several_amp if several else "off",
-        help="mixed precision; fp16 needs CUDA; several processes take fp16 there and bf16 on CPUs")
+    add("--step-size", type=natural, default=2, metavar="EPOCHS", help="... after every so many epochs")
     add("--rotate", type=number(float, 0, 180), default=10.0, metavar="DEGREES", help="bound of the random rotation")
     add("--shift", type=number(float, 0, 14), default=0.0, metavar="PIXELS", help="bound of the random shift")
-    add("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
-        help="evaluate a moving average of the weights, 0.999 say; 0: the weights themselves")
+    add("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY", help="use the weights' moving average")
     add("--lr-scale", choices=["none", "sqrt", "linear"], default="sqrt" if several else "none",
-        help="scale --lr with the images a step over 32; sqrt where there are several processes")
+        help="scale --lr with the images a step over 32")
     add("--warmup", type=number(float, 0), default=1.0 if several else 0.0, metavar="EPOCHS",
-        help="raise the learning rate linearly at first; 1 where there are several processes")
-    add("--check", action="store_true",
-        help="check options and data, build the native library, and stop, as run.sh ddp does at first")
+        help="raise the learning rate linearly at first")
+    add("--check", action="store_true", help="check options and data, build the native library, and stop")
     add("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order and augmentation")
     add("--out", metavar="DIR", help="folder to write to; by default runs/MODEL-DATASET, numbered if taken")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--resume", nargs="?", const="newest", metavar="FILE",
         help="go on from a checkpoint; without FILE last.pt of --out, or of the newest default folder")
-    add("--checkpoint-every", type=number(int, 1), default=500, metavar="STEPS",
-        help="steps between checkpoints, besides each epoch's end")
+    add("--checkpoint-every", type=natural, default=500, metavar="STEPS", help="besides each epoch's end")
 
 
 def parse(argv):
-    """Parsed arguments; `given` holds the names of those that stand on the command line."""
+    """Parsed arguments; `given` holds the names of the options that stand on the command line."""
     parser = build_parser()
     modes = parser._subparsers._group_actions[0].choices
     if not argv or argv[0] not in {*modes, "-h", "--help"}:
         argv = ["train", *argv]
     args = parser.parse_args(argv)
-    args.given = {action.dest for action in modes[args.mode]._actions for option in action.option_strings
-                  if any(word == option or word.startswith(f"{option}=") for word in argv)}
+    args.given = {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     if getattr(args, "amp", "off") == "fp16" and (args.device == "cpu" or not torch.cuda.is_available()):
         if "amp" in args.given:
             raise UserError("--amp fp16: needs a GPU, its loss scaling is CUDA's; take --amp bf16 here")
-        args.amp = "bf16"  # several processes' default
+        args.amp = "bf16"
     return args
 
 
