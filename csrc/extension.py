@@ -1,4 +1,4 @@
-"""How caps.py and setup.py come by the native operators: flags, sources, the builder, the cache, and their registration.
+"""How caps.py and setup.py come by the native operators: flags, sources, builder, cache, and their registration.
 
 The library is compiled at first use into a cache folder, or ahead of time by setup.py. CAPS_CACHE names the folder,
 CAPS_VERBOSE=1 shows the compiler's output, TORCH_CUDA_ARCH_LIST the GPUs to compile for where there is none.

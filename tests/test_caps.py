@@ -460,7 +460,7 @@ def test_predict(trained, embedded, tmp_path):
 def test_predict_explains(trained, embedded, tmp_path):
     Image.fromarray(embedded.test_images[0].numpy()).save(tmp_path / "digit.png")
     result = command("predict", "--checkpoint", trained / "last.pt", "digit.png", "--explain", "why", cwd=tmp_path)
-    assert result.returncode == 0 and Image.open(tmp_path / "why/digit-routing.png").size[0] > 800, result.stderr
+    assert result.returncode == 0 and Image.open(tmp_path / "why/digit.png-routing.png").size[0] > 800, result.stderr
     votes, trace = torch.randn(2, 30, 5, 4, dtype=torch.float64), []
     v = caps._routing(votes, 3, trace)
     assert len(trace) == 3 and trace[-1][1] is v and (trace[0][0] == 0.2).all()
