@@ -311,15 +311,6 @@ def test_64_images_are_learnt_by_heart(embedded):
     assert (caps.lengths(model(images)).argmax(1) == labels).all()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
-def test_freed_memory_is_kept():
-    code = ("import resource, torch, caps; caps.keep_freed_memory(); faults = []\n"
-            "for _ in range(6): torch.ones(2**24); faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
-            "print(faults[-1] - faults[0])")
-    result = subprocess.run([sys.executable, "-c", code], cwd=Path(CAPS).parent, capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 2000  # five times 64 MiB are 82,000 pages
-
-
 def test_accumulation_equals_the_large_batch(small, tmp_path):
     weights = []
     for name, words in (("a", ["--batch-size", "48"]), ("b", ["--batch-size", "12", "--accumulate", "4"])):
