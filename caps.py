@@ -826,8 +826,9 @@ def find_resume(args):
         pattern = "last.pt" if folder else f"{args.model}-*/last.pt"
         found = pathlib.Path(folder or "runs").glob(pattern)
         for path in sorted(found, key=os.path.getmtime, reverse=True):
-            if not restarted or read_checkpoint(path)["job"] == JOB:
-                return str(path)
+            with contextlib.suppress(UserError if restarted else ()):  # a damaged one is then not this job's
+                if not restarted or read_checkpoint(path)["job"] == JOB:
+                    return str(path)
         if args.resume == "newest":
             raise UserError(f"--resume: no {folder or 'runs'}/{pattern} here; name a checkpoint file")
     return args.resume

@@ -139,6 +139,37 @@ caps.train_step = killing_step""")
         tmp_path / "whole/last.pt", weights_only=True)["steps"]
 
 
+def test_a_machine_that_fails_changes_nothing(small, tmp_path):  # noqa: F811
+    """Two agents, of which torchrun counts the restart on one alone, and that is not rank 0's; a damaged checkpoint beside."""
+    import socket
+    (tmp_path / "runs" / "alexcaps-old").mkdir(parents=True)
+    (tmp_path / "runs" / "alexcaps-old" / "last.pt").write_bytes(b"damaged")
+    killer = program(tmp_path, """
+step = caps.train_step
+def killing_step(run, *rest):
+    if run.steps == 8 and run.world.rank == 1 and not os.path.exists("killed"):
+        open("killed", "w").close()
+        os.kill(os.getpid(), 9)
+    step(run, *rest)
+    with open(f"steps{run.world.rank}", "a") as file:
+        print(run.steps, file=file)
+caps.train_step = killing_step""")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    agents = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--rdzv-backend", "c10d",
+         "--rdzv-conf", f"is_host={1 - rank}", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1",
+         "--max-restarts", "3", str(killer), "--dataset", "mnist", "--data-dir", str(small), "--epochs", "2", "--batch-size",
+         "8", "--checkpoint-every", "3"], cwd=tmp_path, env=ENVIRONMENT | {"CAPS_JOB": "test"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    said = [agent.communicate(timeout=200) for agent in agents]
+    assert all(agent.returncode == 0 for agent in agents), said
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["alexcaps-mnist", "alexcaps-old"]
+    steps = [int(line) for line in (tmp_path / "steps0").read_text().split()]
+    assert steps == [*range(1, 9), *range(7, 11)]  # from the checkpoint of step 6
+
+
 def test_a_rank_that_raises_ends_the_job(small, tmp_path):  # noqa: F811
     raiser = program(tmp_path, """
 step = caps.train_step
