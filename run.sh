@@ -59,7 +59,11 @@ ddp() {
     threads=$(($(nproc) / processes))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     # What can be refused is refused here, once; and the library is built before the ranks ask for it.
-    LOCAL_WORLD_SIZE=$processes "$venv/bin/python" "$here/caps.py" train "$@" --check
+    if [ $host = 1 ]; then
+        LOCAL_WORLD_SIZE=$processes "$venv/bin/python" "$here/caps.py" train "$@" --check
+    else
+        "$venv/bin/python" -c 'import caps; caps.backend()'
+    fi
     exec "$venv/bin/python" -m torch.distributed.run --nproc-per-node "$processes" --max-restarts 3 \
         "${torchrun_options[@]}" "$here/caps.py" train "$@"
 }

@@ -90,7 +90,7 @@ def call(function, tensors, backward):
 # ---- How it is measured ----------------------------------------------------------------------------------------------
 
 
-def interleave(calls, device, seconds, rounds=None):
+def interleave(calls, device, seconds, rounds=None, repeat=None):
     """{name: [milliseconds per round]}. In each round every call has its turn: once unmeasured, since what ran before it
     left its own data in the caches, then as often as fits some 20 ms."""
     repeats = {}
@@ -98,7 +98,7 @@ def interleave(calls, device, seconds, rounds=None):
         f(), f(), synchronize(device)
         start = time.perf_counter()
         f(), synchronize(device)
-        repeats[name] = max(1, int(20e-3 / (time.perf_counter() - start)))
+        repeats[name] = repeat or max(1, int(20e-3 / (time.perf_counter() - start)))
     times, begun = {name: [] for name in calls}, time.perf_counter()
     while len(next(iter(times.values()))) < (rounds or 7) or (not rounds and time.perf_counter() - begun < seconds):
         for name, f in calls.items():
@@ -474,7 +474,8 @@ def ddp_process(model):
         def step_alone():
             with silent():
                 step()
-        times = interleave({"step": step, "alone": step_alone}, "cpu", 0, rounds=9)
+        # Once a round: processes that repeat by their own clocks would wait for each other's all-reduces for ever.
+        times = interleave({"step": step, "alone": step_alone}, "cpu", 0, rounds=25, repeat=1)
         if run.world.rank == 0:
             print(json.dumps({name: statistics.median(t) for name, t in times.items()}))
 
