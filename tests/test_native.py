@@ -16,7 +16,7 @@ import caps
 ROOT = Path(__file__).parent.parent
 SANITIZED = bool(os.environ.get("CAPS_TEST_SANITIZED"))
 if SANITIZED:
-    caps._FLAGS[:] = ["-O1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    caps._extension().FLAGS[:] = ["-O1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ops = torch.ops.caps
 
 
