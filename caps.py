@@ -916,6 +916,9 @@ def keep_freed_memory():
 def start_run(args, world):
     """A new run, or the one to go on with, on this process."""
     keep_freed_memory()
+    # Adam's moments of idle weights decay to denormal numbers, with which AlexCapsNet's step takes 26 ms instead of 13
+    # after two epochs (two cores). Set before the worker threads start, which inherit it.
+    torch.set_flush_denormal(True)
 
     def prepare():
         settled, checkpoint = settle_resume(args)
