@@ -916,9 +916,6 @@ def keep_freed_memory():
 def start_run(args, world):
     """A new run, or the one to go on with, on this process."""
     keep_freed_memory()
-    # Adam's moments of idle weights decay to denormal numbers, with which AlexCapsNet's step takes 26 ms instead of 13
-    # after two epochs (two cores). Set before the worker threads start, which inherit it.
-    torch.set_flush_denormal(True)
 
     def prepare():
         settled, checkpoint = settle_resume(args)
@@ -1051,6 +1048,9 @@ def train(args):
         load_data(args.dataset, args.data_dir, args.holdout)
         backend(world.device.type)
         return 0
+    # Adam's moments of idle weights decay to denormal numbers, with which AlexCapsNet's step takes 26 ms instead of 13
+    # after two epochs (two cores). Set before the worker threads start, which inherit it.
+    torch.set_flush_denormal(True)
     run = start_run(args, world)
     args = run.args
     if world.size == 1:  # with more, a process may wait in a collective, where no handler runs: the default ends it

@@ -389,9 +389,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="denormals are flushed on x86 alone")
 def test_denormal_numbers_do_not_slow_training(tmp_path):
-    code = ("import torch, caps; args = caps.parse(['train', '--dataset', 'mnist5k', '--out', 'run'])\n"
-            "caps.start_run(args, caps.start_world('cpu'))\n"
-            "print((torch.full([2**22], 1e-38) * 0.1).count_nonzero().item(), torch.get_num_threads())")
+    code = ("import torch, caps\n"
+            "def look(run):\n"
+            "    print((torch.full([2**22], 1e-38) * 0.1).count_nonzero().item())\n"
+            "    run.signal = 2\n"
+            "caps.train_epoch = look\n"
+            "caps.main(['train', '--dataset', 'mnist5k', '--out', 'run'])")
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                             env=os.environ | {"PYTHONPATH": os.path.dirname(CAPS)})
     assert result.returncode == 0 and result.stdout.split()[0] == "0", result.stdout + result.stderr
