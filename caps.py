@@ -862,6 +862,11 @@ def load_model(checkpoint, device):
     return model.to(device)
 
 
+def lacks_fp16(args):
+    """Whether --amp fp16 is asked for without a GPU; its loss scaling is CUDA's."""
+    return args.amp == "fp16" and (args.device == "cpu" or not torch.cuda.is_available())
+
+
 def settle_resume(args):
     """(args, the checkpoint to go on from or None): the recipe and the folder are taken from the checkpoint.
 
@@ -877,12 +882,20 @@ def settle_resume(args):
             raise UserError(f"--{key.replace('_', '-')} {given}: {args.resume} was trained with {value}; leave the "
                             "option out, or start a new run")
         setattr(args, key, value)
-    if args.amp == "fp16" and (args.device == "cpu" or not torch.cuda.is_available()):
+    if lacks_fp16(args):
         raise UserError(f"--resume {args.resume}: was trained with --amp fp16, which needs a GPU")
     if "epochs" not in args.given:
         args.epochs = checkpoint["config"]["epochs"]
     args.out = args.out or str(pathlib.Path(args.resume).parent)
     return args, checkpoint
+
+
+def prepare(args):
+    """What can be refused, before anything is written: (args, checkpoint or None, data, files to replace)."""
+    args, checkpoint = settle_resume(args)
+    data = load_data(args.dataset, args.data_dir, args.holdout)
+    args.dataset = data.name
+    return args, checkpoint, data, files_to_replace(args)
 
 
 def save(run):
@@ -917,16 +930,14 @@ def start_run(args, world):
     """A new run, or the one to go on with, on this process."""
     keep_freed_memory()
 
-    def prepare():
-        settled, checkpoint = settle_resume(args)
-        data = load_data(settled.dataset, settled.data_dir, settled.holdout)
-        settled.dataset = data.name
-        held, folder = files_to_replace(settled), make_folder(settled)
-        for path in held:
+    def settle():
+        settled, checkpoint, data, replaced = prepare(args)
+        folder = make_folder(settled)
+        for path in replaced:
             path.unlink()
         return settled, checkpoint, data, folder
 
-    args, checkpoint, data, folder = from_rank0(world, prepare)
+    args, checkpoint, data, folder = from_rank0(world, settle)
     if data.note and world.rank == 0:
         print(f"caps: {data.note}")
     torch.manual_seed(args.seed)
@@ -983,20 +994,25 @@ def check_finite(run, loss):
                         f"checkpoint is {run.folder / 'last.pt'}; try a smaller --lr, or --amp off")
 
 
+def progress(title, parts=None, hidden=False, **options):
+    """tqdm's bar over `parts`, or one to be moved by hand; none where stderr is not a terminal."""
+    from tqdm import tqdm
+    return tqdm(parts, desc=title, leave=False, disable=hidden or not sys.stderr.isatty(), **options)
+
+
 def train_epoch(run):
     """Show every training image once, from `run.position` on; the last (images mod processes) are left out.
 
     The mean loss, the accuracy, and images per second; None where a signal stopped it, after saving.
     """
-    from tqdm import tqdm
     args, world, images = run.args, run.world, len(run.data.train_images)
     count = images - (images - run.position) % world.size  # the position may be that of another number of processes
     order, motion = (t.to(world.device) for t in epoch_plan(images, args.seed, run.epoch, args.rotate, args.shift))
     seen = torch.zeros(1, dtype=torch.float64, pin_memory=world.device.type == "cuda")
     begun = time.perf_counter() - run.seconds
     run.model.train()
-    with tqdm(total=count, initial=run.position, unit=" images", desc=f"epoch {run.epoch + 1}/{args.epochs}",
-              leave=False, disable=world.rank > 0 or not sys.stderr.isatty()) as bar:
+    with progress(f"epoch {run.epoch + 1}/{args.epochs}", hidden=world.rank > 0, total=count, initial=run.position,
+                  unit=" images") as bar:
         while run.position < count:
             end = min(run.position + args.batch_size * args.accumulate * world.size, count)
             for group in run.optimizer.param_groups:
@@ -1043,9 +1059,7 @@ def train(args):
     """Train until `--epochs`, evaluate after each epoch, and write the run's files."""
     world = start_world(args.device)
     if args.check:
-        args, _ = settle_resume(args)
-        files_to_replace(args)
-        load_data(args.dataset, args.data_dir, args.holdout)
+        prepare(args)
         backend(world.device.type)
         return 0
     # Adam's moments of idle weights decay to denormal numbers, with which AlexCapsNet's step takes 26 ms instead of 13
@@ -1297,19 +1311,19 @@ def layer_table(model):
     return rows
 
 
-def totals(model):
-    """Parameters, and multiply-adds for one image."""
-    return [sum(row[i] for row in layer_table(model)) for i in (3, 4)]
+def totals(rows):
+    """Parameters, and multiply-adds for one image, of layer_table's rows."""
+    return [sum(row[i] for row in rows) for i in (3, 4)]
 
 
 def summary(args):
     """The layer table of a model, with totals."""
-    model = MODELS[args.model](iterations=args.iterations)
-    print(f"{type(model).__name__}, for one image [1, 28, 28]\n")
+    rows = layer_table(MODELS[args.model](iterations=args.iterations))
+    print(f"{MODELS[args.model].__name__}, for one image [1, 28, 28]\n")
     print(f"{'layer':<20}{'kind':<18}{'output':<16}{'parameters':>12}{'multiply-adds':>16}")
-    for name, kind, shape, parameters, multiply_adds in layer_table(model):
+    for name, kind, shape, parameters, multiply_adds in rows:
         print(f"{name:<20}{kind:<18}{'×'.join(map(str, shape)):<16}{parameters:>12,}{multiply_adds:>16,}")
-    parameters, multiply_adds = totals(model)
+    parameters, multiply_adds = totals(rows)
     print(f"{'total':<54}{parameters:>12,}{multiply_adds:>16,}")
     return 0
 
@@ -1446,7 +1460,7 @@ def plot_diagram(model, path):
     x = (width + 1.1 - sum(0.1 * stage.shape[1] + 1.7 for stage in capsules)) / 2
     draw_arrow(axis, (end, high), (edge, high), (edge, turn), (x - 0.5, turn), (x - 0.5, low), (x - 0.03, low))
     draw_capsules(axis, x, low, capsules)
-    title = "{}: {:,} parameters, {:,} multiply-adds an image".format(type(model).__name__, *totals(model))
+    title = "{}: {:,} parameters, {:,} multiply-adds an image".format(type(model).__name__, *totals(layer_table(model)))
     draw_text(axis, width / 2, height - 0.2, [title], fontsize=9, weight="bold")
     key = "Below each layer: its output (channels × height × width, or capsules × dimensions) and its parameters"
     draw_text(axis, width / 2, 0.08, [key], color="#555")
@@ -1515,7 +1529,7 @@ def read_run(folder):
         study = vars(build_parser().parse_args(["train", "--dataset", "mnist"]))
         run.departures = [f"{k.replace('_', '-')} {run.facts[k]}" for k in RECIPE[1:] if run.facts[k] != study[k]]
         run.network = run.model or MODELS[model](iterations=run.facts["iterations"])
-        run.size = totals(run.network)
+        run.size = totals(layer_table(run.network))
         if run.rows and len(run.rows) != run.facts["epochs"]:
             run.missing.append(f"summary.json is of {run.facts['epochs']} epochs, metrics.csv of {len(run.rows)}")
     return run
@@ -1625,11 +1639,6 @@ def claims(runs, fits):
         holds, said = (None, "; ".join(lacking)) if lacking else judge(*needs)
         rows.append({"the study": says, "criterion here": criterion, "measured here": said, "verdict": words[holds]})
     return rows
-
-
-def progress(title, parts):
-    from tqdm import tqdm
-    return tqdm(parts, desc=title, leave=False, disable=not sys.stderr.isatty())
 
 
 def distort(images, kind, level):
@@ -1935,7 +1944,7 @@ def parse(argv):
         argv = ["train", *argv]
     args = parser.parse_args(argv)
     args.given = {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    if getattr(args, "amp", "off") == "fp16" and (args.device == "cpu" or not torch.cuda.is_available()):
+    if "amp" in args and lacks_fp16(args):
         if "amp" in args.given:
             raise UserError("--amp fp16: needs a GPU, its loss scaling is CUDA's; take --amp bf16 here")
         args.amp = "bf16"

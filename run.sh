@@ -54,8 +54,6 @@ ddp() {
         fi
         [[ ! $joined =~ rdzv.endpoint ]] || torchrun_options+=(--rdzv-backend c10d --rdzv-conf "is_host=$host")
     fi
-    # A store for each attempt: in a shared one gloo finds the addresses of processes that are no more.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 CAPS_JOB=$$-$(date +%s)
     threads=$(($(nproc) / processes))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     # What can be refused is refused here, once; and the library is built before the ranks ask for it.
@@ -64,6 +62,8 @@ ddp() {
     else
         "$venv/bin/python" -c 'import caps; caps.backend()'
     fi
+    # A store for each attempt: in a shared one gloo finds the addresses of processes that are no more.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 CAPS_JOB=$$-$(date +%s)
     exec "$venv/bin/python" -m torch.distributed.run --nproc-per-node "$processes" --max-restarts 3 \
         "${torchrun_options[@]}" "$here/caps.py" train "$@"
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
 
 
 def extension():
@@ -52,6 +53,6 @@ setup(
     package_data={"caps_csrc": ["*.py", "*.cpp", "*.h", "*.cu"]},
     install_requires=["torch>=2.11,<2.15", "torchvision>=0.26,<0.30", "numpy", "matplotlib", "scikit-learn", "tqdm",
                       "mlxtend", "pillow", "pybind11", "ninja"],
-    extras_require={"onnx": ["onnx", "onnxruntime", "onnxscript"], "test": ["pytest", "onnx", "onnxruntime", "onnxscript"]},
+    extras_require={"onnx": ONNX, "test": ["pytest", *ONNX]},
     **extension(),
 )

@@ -435,7 +435,7 @@ def print_parts(row, run, rates, options):
     """
     times = {name: statistics.median(t) for name, t in interleave(parts_of(run), options.device, options.seconds).items()}
     row["share"] = {name: t / sum(times.values()) for name, t in times.items()}
-    multiply_adds = sum(entry[4] for entry in caps.layer_table(run.model))
+    _, multiply_adds = caps.totals(caps.layer_table(run.model))
     row["flops"], row["product_flops"] = 3 * 2 * 32 * multiply_adds / (row["ms"] * 1e-3), rates[run.args.amp]
     print(f"{'':<10}" + ", ".join(f"{name} {share:.0%}" for name, share in row["share"].items())
           + f"; {row['flops'] / 1e9:.1f} Gflop/s, a matrix product {row['product_flops'] / 1e9:.1f}", flush=True)

@@ -1,6 +1,7 @@
 """Several processes through the real torchrun, gloo on CPUs, on the embedded images."""
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,11 @@ def torchrun(processes, *words, cwd, program=CAPS, options=("--standalone",), **
 
 def weights(folder):
     return torch.load(folder / "last.pt", weights_only=True)["model"]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
 
 
 def program(folder, body):
@@ -141,7 +147,6 @@ caps.train_step = killing_step""")
 
 def test_a_machine_that_fails_changes_nothing(small, tmp_path):  # noqa: F811
     """Two agents, of which torchrun counts the restart on one alone, and that is not rank 0's; a damaged checkpoint beside."""
-    import socket
     (tmp_path / "runs" / "alexcaps-old").mkdir(parents=True)
     (tmp_path / "runs" / "alexcaps-old" / "last.pt").write_bytes(b"damaged")
     killer = program(tmp_path, """
@@ -154,9 +159,7 @@ def killing_step(run, *rest):
     with open(f"steps{run.world.rank}", "a") as file:
         print(run.steps, file=file)
 caps.train_step = killing_step""")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     agents = [subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--rdzv-backend", "c10d",
          "--rdzv-conf", f"is_host={1 - rank}", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1",
@@ -197,10 +200,7 @@ SET_UP = (Path(sys.prefix) / ".caps-setup").exists()
 
 @pytest.mark.skipif(not SET_UP, reason="this environment was not made by run.sh")
 def test_run_sh_starts_two_machines_that_meet(small, tmp_path):  # noqa: F811
-    import socket
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     agents = [subprocess.Popen(
         [str(RUN), "ddp", "1", "--nnodes", "2", "--node-rank", str(rank),
          "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1", "--", "--dataset", "mnist", "--data-dir",
@@ -217,7 +217,6 @@ def test_run_sh_refuses_before_it_starts(tmp_path):
     result = subprocess.run([str(RUN), "ddp", "2", "--epochs", "none"], cwd=tmp_path, env=ENVIRONMENT | {"VENV": sys.prefix},
                             capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "--epochs" in result.stderr
-    import socket
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         result = subprocess.run([str(RUN), "ddp", "2", "--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", f"here:{port}", "--"],
