@@ -5,7 +5,8 @@
     python tests/bench.py scale [--plot F]                                the capsule layer against batch size and capsules
     python tests/bench.py train                                           whole steps against the straightforward pipeline
     python tests/bench.py ddp                                             one process against two, on the CPU
-    python tests/bench.py all --json F                                    all of these but the sweep
+    python tests/bench.py accuracy [--epochs 20] [--seeds 1]              whole trainings, fast and plain layers
+    python tests/bench.py all --json F                                    all of these but the sweep and accuracy
 
 Times are medians over rounds in which the variants take turns; a ratio is the median of the rounds' ratios, so that a
 busy machine harms both sides alike. Peak extra memory is what one call adds to memory that already holds arguments: on
@@ -502,6 +503,47 @@ def ddp(options):
     return {"command": "ddp", "machine": machine("cpu"), "rows": rows}
 
 
+# ---- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def train_plain(args):
+    """caps.train with plain layers and routing, Adam as it comes and denormal numbers as they are."""
+    def start(args, world, start=caps.start_run):
+        torch.set_flush_denormal(False)
+        run = start(args, world)
+        run.optimizer = torch.optim.Adam(plain_layers(run.model).parameters(), lr=run.args.lr)
+        return run
+    caps.start_run = start
+    return caps.train(args)
+
+
+def accuracy_process(layers, epochs, seed, device, folder):
+    """What each process of `accuracy` runs, a training of AlexCapsNet."""
+    args = caps.parse(["train", "--epochs", epochs, "--seed", seed, "--device", device, "--out", folder])
+    return train_plain(args) if layers == "plain" else caps.train(args)
+
+
+def accuracy(options):
+    """AlexCapsNet trained with the same recipe and seeds in caps.py's fastest way and in plain PyTorch."""
+    print(f"AlexCapsNet, {options.epochs} epochs; {machine(options.device)}")
+    rows = []
+    for seed in range(1, options.seeds + 1):
+        row = {"seed": seed}
+        for layers in ("fast", "plain"):
+            with tempfile.TemporaryDirectory() as folder:
+                subprocess.run([sys.executable, __file__, "accuracy", "--process", layers, str(options.epochs), str(seed),
+                                options.device, folder], check=True, env=os.environ | {
+                                    "OMP_NUM_THREADS": str(torch.get_num_threads())})
+                facts = json.loads(Path(folder, "summary.json").read_text())
+                row[layers] = {key: facts[key] for key in ("test_accuracy", "seconds_per_epoch", "dataset")}
+        rows.append(row)
+        print("seed {}: fast {:.2%}, {:.1f} s an epoch; plain {:.2%}, {:.1f} s an epoch".format(seed, *(
+            row[layers][key] for layers in ("fast", "plain") for key in ("test_accuracy", "seconds_per_epoch"))), flush=True)
+    difference = statistics.mean(row["fast"]["test_accuracy"] - row["plain"]["test_accuracy"] for row in rows)
+    print(f"fast - plain: {100 * difference:+.2f} points on {rows[0]['fast']['dataset']}, mean of {len(rows)} seed(s)")
+    return {"command": "accuracy", "machine": machine(options.device), "difference": difference, "rows": rows}
+
+
 def everything(options):
     return {"command": "all", "results": [part(options) for part in (ops, scale, train, ddp)]}
 
@@ -524,6 +566,11 @@ def main():
     command = commands.add_parser("ddp", help="one process against two, on the CPU")
     command.add_argument("--process", choices=list(caps.MODELS), help=argparse.SUPPRESS)
     command.set_defaults(run=lambda options: ddp_process(options.process) if options.process else ddp(options))
+    command = commands.add_parser("accuracy", help="whole trainings of AlexCapsNet, fast and plain")
+    command.add_argument("--epochs", type=int, default=20)
+    command.add_argument("--seeds", type=int, default=1)
+    command.add_argument("--process", nargs=5, help=argparse.SUPPRESS)
+    command.set_defaults(run=lambda options: accuracy_process(*options.process) if options.process else accuracy(options))
     command = commands.add_parser("all", help="ops, scale, train and ddp")
     command.set_defaults(run=everything, sizes=None)
     for name in ("scale", "all"):
