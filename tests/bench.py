@@ -349,7 +349,7 @@ def plain_layers(net):
         layer.__class__ = plain.get(type(layer), type(layer))
         if isinstance(layer, torch.nn.ReLU):
             layer.inplace = False
-    return net.to(memory_format=torch.contiguous_format)
+    return net
 
 
 def straightforward(model, device):

@@ -1,4 +1,5 @@
 """Models, data, training, evaluation and the command line."""
+import copy
 import csv
 import gzip
 import json
@@ -398,6 +399,89 @@ def test_denormal_numbers_do_not_slow_training(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                             env=os.environ | {"PYTHONPATH": os.path.dirname(CAPS)})
     assert result.returncode == 0 and result.stdout.split()[0] == "0", result.stdout + result.stderr
+
+
+def test_compiled_training_is_the_training(small, tmp_path, monkeypatch):
+    """Three steps of ResCapsNet, the last with fewer images, against those of the model as it is; then a resumed run."""
+    def start(name, *words):
+        args = caps.parse(["train", "--model", "rescaps", "--data-dir", str(small), "--batch-size", "8", "--out",
+                           str(tmp_path / name), *words])
+        return caps.start_run(args, caps.start_world("cpu"))
+
+    def steps(run, first, last):
+        order, motion = caps.epoch_plan(320, 1, 0, 10, 0)
+        for part in [slice(0, 8), slice(8, 16), slice(16, 21)][first:last]:
+            caps.train_step(run, order[part], motion[part], part.stop - part.start)
+        return run
+
+    plain = start("plain")
+    assert plain.net is plain.model
+    monkeypatch.setattr(caps, "pays_compiling", lambda *_: True)
+    fast = start("fast")
+    assert fast.net is not fast.model and all(p.grad is None for p in fast.model.parameters())
+    for (name, a), b in zip(plain.model.state_dict().items(), fast.model.state_dict().values()):
+        assert torch.equal(a, b), name
+    images, labels = caps.to_float(plain.data.train_images[:8]), plain.data.train_labels[:8]
+    exact = copy.deepcopy(plain.model).double()
+    gradients = [torch.autograd.grad(caps.margin_loss(caps.lengths(net(x)), labels), model.parameters()) for net, model, x in (
+        (fast.net, fast.model, images), (plain.net, plain.model, images), (exact, exact, images.double()))]
+    for (name, _), a, b, c in zip(plain.model.named_parameters(), *gradients):
+        if name != "backbone.1.bias":  # BatchNorm takes it away again
+            assert (a - c).norm() <= 5e-3 * c.norm() and (b - c).norm() <= 5e-3 * c.norm(), name
+    steps(plain, 0, 3), steps(fast, 0, 2)
+    caps.save(fast)
+    steps(fast, 2, 3)
+    torch.testing.assert_close(fast.totals, plain.totals, rtol=1e-3, atol=0)  # Adam's first step is a sign
+    again = steps(start("fast", "--resume"), 2, 3)
+    for (name, a), b in zip(fast.model.state_dict().items(), again.model.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_a_model_that_cannot_be_compiled_is_trained_as_it_is(small, monkeypatch, capsys):
+    model, images = caps.ResCapsNet(), caps.load_data("mnist", small).train_images[:4]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def compiler(model, dynamic):
+        def net(images):
+            model(images)
+            raise RuntimeError("no compiler\nand more")
+        return net
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    assert caps.compiled(model, images, "off") is model
+    assert "without torch.compile, no compiler\n" in capsys.readouterr().err
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("words, images, expected", [
+    ("--model rescaps", 60_000, True), ("--model rescaps", 3_199, False), ("--model alexcaps", 60_000, False)])
+def test_compilation_where_it_pays(words, images, expected):
+    args = caps.parse(["train", *words.split()])
+    assert caps.pays_compiling(args, caps.World(0, 1, torch.device("cpu")), images) is expected
+    assert not caps.pays_compiling(args, caps.World(0, 1, torch.device("cuda")), images)
+
+
+def test_moments_of_another_memory_order_are_resumed(small, tmp_path):
+    """Checkpoints of earlier versions hold ResCapsNet in channels-last order."""
+    def start(*words):
+        args = caps.parse(["train", "--model", "rescaps", "--data-dir", str(small), "--batch-size", "4", "--out",
+                           str(tmp_path), *words])
+        return caps.start_run(args, caps.start_world("cpu"))
+
+    def step(run):
+        caps.train_step(run, torch.arange(4), torch.zeros(4, 3), 4)
+        return run
+
+    run = step(start())
+    caps.save(run)
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    for state in checkpoint["optimizer"]["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].dim() == 4:
+                state[name] = state[name].to(memory_format=torch.channels_last)
+    torch.save(checkpoint, tmp_path / "last.pt")
+    for a, b in zip(step(run).model.parameters(), step(start("--resume")).model.parameters()):
+        assert torch.equal(a, b)
 
 
 def test_resume_finds_the_newest_run_in_a_new_job(trained, tmp_path, monkeypatch):
