@@ -1,4 +1,5 @@
 """Models, data, training, evaluation and the command line."""
+import contextlib
 import csv
 import gzip
 import json
@@ -333,6 +334,103 @@ def test_learning_rate_follows_the_recipe():
     assert rates == pytest.approx([1e-3, 1e-3, 7e-4, 7e-4, 4.9e-4])
     args = caps.parse(["train", "--lr-scale", "sqrt", "--warmup", "2", "--accumulate", "4"])
     assert caps.learning_rate(args, caps.World(0, 4, one.device), 0, 0.5) == pytest.approx(4e-3 / 4)
+
+
+def fake_graphs(monkeypatch, failing):
+    """CUDA graphs without CUDA: a capture notes the call of update_weights and runs nothing; a replay runs it with the
+    Python values of the capture and with what the tensors then hold. Returns the names of what is done, in order.
+
+    `failing`: the function in which a capture breaks off, with gradients that are NaN; or None.
+    """
+    update, capturing, done = caps.update_weights, [], []
+
+    def swap(run, steps, group):
+        before = run.steps, dict(run.optimizer.param_groups[0])
+        run.steps = steps
+        run.optimizer.param_groups[0].update(group)
+        return before
+
+    def broken(*_):
+        raise RuntimeError("no such kernel\nin a graph")
+
+    def update_weights(run, *arguments):
+        [group] = run.optimizer.param_groups
+        if not capturing:
+            done.append("eager")
+            return update(run, *arguments)
+        done.append("capture")
+        assert group["capturable"] and all(p.grad is None for p in group["params"])
+        if failing:
+            for p in group["params"]:
+                p.grad = torch.full_like(p, math.nan)
+            with monkeypatch.context() as patch:
+                patch.setattr(failing, broken)
+                run.scaler.step(run.optimizer)
+                run.scaler.update()
+        capturing[0].call = run, arguments, (run.steps, dict(group))
+
+    class Graph:
+        def replay(self):
+            run, arguments, values = self.call
+            now = swap(run, *values)
+            done.append("replay")
+            update(run, *arguments)
+            swap(run, *now)
+
+    class Stream:
+        def __init__(self, device=None):
+            self.wait_stream = lambda other: None
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        capturing.append(graph)
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        finally:
+            capturing.clear()
+
+    for name, fake in (("CUDAGraph", Graph), ("graph", capture), ("Stream", Stream), ("current_stream", Stream),
+                       ("stream", lambda stream: contextlib.nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(caps, "update_weights", update_weights)
+    return done
+
+
+@pytest.mark.parametrize("failing", [None, "torch.optim.Adam.step", "torch._amp_update_scale_"])
+def test_a_graph_takes_the_same_steps(small, tmp_path, monkeypatch, capsys, failing):
+    rate, scaler = caps.learning_rate, torch.amp.GradScaler
+    monkeypatch.setattr(caps, "learning_rate", lambda *args: float(np.float32(rate(*args))))  # a graph reads float32
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 1024.0, growth_interval=3))
+    monkeypatch.setattr(caps, "lacks_gpu", lambda args: False)
+    monkeypatch.setattr(caps, "write_metrics", lambda path, rows: path.touch())
+    done = fake_graphs(monkeypatch, failing)
+
+    def epoch(run):  # of 320 images: 5 full groups, and one of 20
+        done.clear()
+        caps.train_epoch(run)
+        run.history.append({})
+        run.position = 0
+        caps.save(run)
+        checkpoint = caps.read_checkpoint(run.folder / "last.pt")
+        return {name: checkpoint[name] for name in (*caps.PARTS, "totals", "steps")}
+
+    words = ["--batch-size", "30", "--accumulate", "2", "--ema", "0.9", "--warmup", "1.5"]
+    plain, graph = start(small, tmp_path / "plain", *words), start(small, tmp_path / "graph", *words, "--graph")
+    torch.testing.assert_close(epoch(plain), epoch(graph), rtol=0, atol=0)
+    assert done == ["eager"] * 3 + (["capture"] + ["eager"] * 3 if failing else ["capture"] + ["replay"] * 2 + ["eager"])
+    said = [line for line in capsys.readouterr().err.splitlines() if "--graph" in line]
+    assert said == bool(failing) * ["caps: --graph: the capture failed, going on without: no such kernel"]
+    crossed = [start(small, tmp_path / name, "--resume", str(tmp_path / name / "last.pt"), *words)
+               for name, *words in (("plain", "--graph"), ("graph",))]
+    whole = epoch(plain)
+    for run in (*crossed, graph):
+        torch.testing.assert_close(epoch(run), whole, rtol=0, atol=0)
+    assert done == ["eager" if failing else "replay"] * 5 + ["eager"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(caps.UserError, match="--graph: .* one process"):
+        caps.parse(["--graph"])
 
 
 def test_half_and_half_is_the_whole(small, tmp_path):
@@ -824,6 +922,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 @pytest.mark.parametrize("words, expected", [
     (["--epochs", "0"], ("--epochs", "'0'")), (["--lr", "nan"], ("--lr", "'nan'")), (["--batch-size", "1.5"], ("--batch-size",)),
     (["--model", "lenet"], ("--model", "alexcaps")), (["--nonsense"], ("--nonsense",)), (["--amp", "fp16", "--device", "cpu"], ("fp16",)),
+    (["--graph", "--device", "cpu"], ("--graph", "GPU")),
     (["eval", "--checkpoint", "none.pt"], ("none.pt",)), (["report", "none"], ("none", "last.pt")), (["report"], ("no run",)), (["--resume", "none.pt"], ("none.pt",)), (["--resume"], ("--resume",)),
     (["--dataset", "mnist5k", "--holdout", "4000"], ("--holdout", "4000")), (["--out", "/dev/null/x", "--dataset", "mnist5k"], ("--out",)),
 ])
