@@ -286,9 +286,10 @@ class SmallMapConv2d(nn.Conv2d):
             maps = torch.addmm(self.bias[:, None], self.weight.flatten(1), x.reshape(channels, -1))
             return maps.view(-1, 2, 2, batch)
         kernel, image, sums = (t.to(x.dtype) for t in (self.kernel, self.IMAGE, self.SUMS))
-        kernels = (kernel @ self.weight.flatten(2).flatten(0, 1).t()).view(9, -1, channels)                # [9, out, in]
-        images = (image @ x.permute(1, 2, 0, 3).reshape(4, -1)).view(9, channels, batch)                   # [9, in, B]
-        products = torch.bmm(kernels, images)                                                               # [9, out, B]
+        taps = self.weight.flatten(2).flatten(0, 1)                                         # [out·in, kernel_size²]
+        kernels = (kernel @ taps.t()).view(9, -1, channels)                                 # [9, out, in]
+        images = (image @ x.permute(1, 2, 0, 3).reshape(4, -1)).view(9, channels, batch)    # [9, in, B]
+        products = torch.bmm(kernels, images)                                               # [9, out, B]
         maps = (sums @ products.flatten(1)).view(2, 2, -1, batch) + self.bias[:, None]
         return maps.permute(2, 0, 1, 3)
 
@@ -778,6 +779,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: nn.Module  # moving average of the model, or None
+    graph: "StepGraph"  # what --graph puts in the place of update_weights, or None
     totals: torch.Tensor  # this epoch's summed loss and correct predictions on this process, float64 [2]
     history: list = dataclasses.field(default_factory=list)  # a row of metrics.csv per finished epoch
     position: int = 0  # images of the current epoch that are trained on
@@ -870,9 +872,13 @@ def load_model(checkpoint, device):
     return model.to(device)
 
 
+def lacks_gpu(args):
+    return args.device == "cpu" or not torch.cuda.is_available()
+
+
 def lacks_fp16(args):
     """Whether --amp fp16 is asked for without a GPU; its loss scaling is CUDA's."""
-    return args.amp == "fp16" and (args.device == "cpu" or not torch.cuda.is_available())
+    return args.amp == "fp16" and lacks_gpu(args)
 
 
 def settle_resume(args):
@@ -991,6 +997,7 @@ def start_run(args, world):
               scaler=torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16"),
               average=AveragedModel(model, multi_avg_fn=lambda averages, weights, _: torch._foreach_lerp_(
                   averages, weights, 1 - min(args.ema, (1 + run.steps) / (10 + run.steps)))) if args.ema else None,
+              graph=StepGraph(args.batch_size * args.accumulate, world.device) if args.graph else None,
               totals=torch.zeros(2, dtype=torch.float64, device=world.device))
     if checkpoint:
         for name in PARTS:
@@ -1008,6 +1015,15 @@ def start_run(args, world):
 
 def train_step(run, index, motion, group):
     """One optimizer step on this process's images `index` of the `group` images that all processes take together."""
+    (run.graph or update_weights)(run, index, motion, group)
+    if run.average:
+        run.average.update_parameters(run.model)
+    run.steps += 1
+
+
+def update_weights(run, index, motion, group):
+    """The part of train_step that a CUDA graph can hold: from one full group to the next the images, their motions
+    and the learning rate change, and nothing else of Python's."""
     args, world = run.args, run.world
     parts = list(zip(index.split(args.batch_size), motion.split(args.batch_size)))
     for number, (part, moved) in enumerate(parts, 1):
@@ -1024,9 +1040,55 @@ def train_step(run, index, motion, group):
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    if run.average:
-        run.average.update_parameters(run.model)
-    run.steps += 1
+
+
+class StepGraph:
+    """update_weights as one CUDA graph: three full groups run as they are, the fourth is captured, which runs nothing,
+    and this and all later ones are replayed. A smaller group, or all if the capture fails, are run as they are.
+
+    A replay reads images `index` [size], `motion` [size, 3] and the learning rate `lr`, float32, where the capture did.
+    """
+
+    def __init__(self, size, device):
+        self.index = torch.zeros(size, dtype=torch.int64, device=device)
+        self.motion, self.lr = torch.zeros(size, 3, device=device), torch.zeros((), device=device)
+        self.stream, self.graph = torch.cuda.Stream(device), None  # the default stream cannot be captured
+        self.eager = 3  # full groups still to run as they are: at first Adam, the scaler, cuBLAS and cuDNN allocate
+
+    def __call__(self, run, index, motion, group):
+        if group < len(self.index):
+            return update_weights(run, index, motion, group)
+        if self.graph is None and not self.eager:
+            self.capture(run)
+        if self.eager:
+            self.eager -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                update_weights(run, index, motion, group)
+            return torch.cuda.current_stream().wait_stream(self.stream)
+        self.index.copy_(index)
+        self.motion.copy_(motion)
+        self.lr.fill_(run.optimizer.param_groups[0]["lr"])
+        self.graph.replay()
+
+    def capture(self, run):
+        self.graph = torch.cuda.CUDAGraph()  # kept even if it fails: the allocator may still ask it
+        [group] = run.optimizer.param_groups
+        usual = {key: group[key] for key in ("lr", "capturable")}  # put back, so checkpoints do not tell of the graph
+        group.update(lr=self.lr, capturable=True)
+        try:  # the outer stream context, because a failed capture does not leave its own
+            with torch.cuda.stream(self.stream), torch.cuda.graph(self.graph, stream=self.stream):
+                update_weights(run, self.index, self.motion, len(self.index))
+        except RuntimeError as error:
+            cause = str(error.__context__ or error).partition("\n")[0]
+            print(f"caps: --graph: the capture failed, going on without: {cause}", file=sys.stderr)
+            self.eager = float("inf")
+            run.optimizer.zero_grad(set_to_none=True)
+            for name in ("grad_scale", "found_inf"):  # lent to the optimizer by a scaler's step, maybe half done
+                vars(run.optimizer).pop(name, None)
+            run.scaler.update(run.scaler.get_scale())  # no other scale, but the end of that step
+        finally:
+            group.update(usual)
 
 
 def check_finite(run, loss):
@@ -1129,6 +1191,7 @@ def train(args):
             print(PROGRESS.format(epochs=args.epochs, **run.history[-1]), flush=True)
     if run.signal:
         again = ["python", sys.argv[0], "--resume", str(run.folder / "last.pt"), "--data-dir", args.data_dir]
+        again += ["--graph"] * args.graph
         print(f"stopped in epoch {run.epoch + 1}; go on with:\n  {shlex.join(again)}")
         return 128 + run.signal
     finish(run, *(tested or evaluate_run(run)))
@@ -1968,6 +2031,8 @@ def add_train(mode):
         help="scale --lr with the images a step over 32")
     add("--warmup", type=number(float, 0), default=1.0 if several else 0.0, metavar="EPOCHS",
         help="raise the learning rate linearly at first")
+    add("--graph", action="store_true",
+        help="CUDA, one process: capture the step as one CUDA graph; not yet run on a GPU")
     add("--check", action="store_true", help="check options and data, build the native library, and stop")
     add("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order and augmentation")
     add("--out", metavar="DIR", help="folder to write to; by default runs/MODEL-DATASET, numbered if taken")
@@ -1989,6 +2054,8 @@ def parse(argv):
         if "amp" in args.given:
             raise UserError("--amp fp16: needs a GPU, its loss scaling is CUDA's; take --amp bf16 here")
         args.amp = "bf16"
+    if "graph" in args.given and (lacks_gpu(args) or int(os.environ.get("WORLD_SIZE") or 1) > 1):
+        raise UserError("--graph: needs a GPU, and one process alone; leave it out here")
     return args
 
 

@@ -450,7 +450,9 @@ def train(options):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for model in caps.MODELS:
-            runs = {f"caps.py, amp {amp}": run_for(model, options.device, folder, "--amp", amp) for amp in dtypes}
+            ways = {"": [], ", graph": ["--graph"]} if options.device == "cuda" else {"": []}
+            runs = {f"caps.py, amp {amp}{way}": run_for(model, options.device, folder, "--amp", amp, *words)
+                    for amp in dtypes for way, words in ways.items()}
             with elsewhere(straightforward, model, options.device) as usual:
                 calls = {"straightforward": usual} | {name: step_of(run) for name, run in runs.items()}
                 times = interleave(calls, options.device, options.seconds)
@@ -458,9 +460,9 @@ def train(options):
                 rows.append({"model": model, "pipeline": name, "ms": statistics.median(times[name]),
                              "images_per_second": 32e3 / statistics.median(times[name]),
                              "ratio": ratio(times, "straightforward", name), "rounds": len(times[name])})
-                print("{model:<10}{pipeline:<20}{ms:>10.1f} ms {images_per_second:>10.0f} images/s {ratio:>8.1f}x".format(
+                print("{model:<10}{pipeline:<24}{ms:>10.1f} ms {images_per_second:>10.0f} images/s {ratio:>8.1f}x".format(
                     **rows[-1]), flush=True)
-                if name in runs:
+                if name in runs and not runs[name].graph:
                     print_parts(rows[-1], runs[name], rates, options)
     return {"command": "train", "machine": machine(options.device), "rows": rows}
 

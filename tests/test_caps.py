@@ -1,4 +1,5 @@
 """Models, data, training, evaluation and the command line."""
+import contextlib
 import copy
 import csv
 import gzip
@@ -336,6 +337,102 @@ def test_learning_rate_follows_the_recipe():
     assert caps.learning_rate(args, caps.World(0, 4, one.device), 0, 0.5) == pytest.approx(4e-3 / 4)
 
 
+def fake_graphs(monkeypatch, failing):
+    """CUDA graphs without CUDA: a capture notes the call of update_weights and runs nothing; a replay runs it with the
+    Python values of the capture and with what the tensors then hold. Returns the names of what is done, in order.
+
+    `failing`: the function in which a capture breaks off, with gradients that are NaN; or None.
+    """
+    update, capturing, done = caps.update_weights, [], []
+
+    def swap(run, steps, group):
+        before = run.steps, dict(run.optimizer.param_groups[0])
+        run.steps = steps
+        run.optimizer.param_groups[0].update(group)
+        return before
+
+    def broken(*_):
+        raise RuntimeError("no such kernel\nin a graph")
+
+    def update_weights(run, *arguments):
+        [group] = run.optimizer.param_groups
+        if not capturing:
+            done.append("eager")
+            return update(run, *arguments)
+        done.append("capture")
+        assert group["capturable"] and all(p.grad is None for p in group["params"])
+        if failing:
+            for p in group["params"]:
+                p.grad = torch.full_like(p, math.nan)
+            with monkeypatch.context() as patch:
+                patch.setattr(failing, broken)
+                run.scaler.step(run.optimizer)
+                run.scaler.update()
+        capturing[0].call = run, arguments, (run.steps, dict(group))
+
+    class Graph:
+        def replay(self):
+            run, arguments, values = self.call
+            now = swap(run, *values)
+            done.append("replay")
+            update(run, *arguments)
+            swap(run, *now)
+
+    class Stream:
+        def __init__(self, device=None):
+            self.wait_stream = lambda other: None
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        capturing.append(graph)
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        finally:
+            capturing.clear()
+
+    for name, fake in (("CUDAGraph", Graph), ("graph", capture), ("Stream", Stream), ("current_stream", Stream),
+                       ("stream", lambda stream: contextlib.nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(caps, "update_weights", update_weights)
+    return done
+
+
+@pytest.mark.parametrize("failing", [None, "torch.optim.Adam.step", "torch._amp_update_scale_"])
+def test_a_graph_takes_the_same_steps(small, tmp_path, monkeypatch, capsys, failing):
+    rate, scaler = caps.learning_rate, torch.amp.GradScaler
+    monkeypatch.setattr(caps, "learning_rate", lambda *args: float(np.float32(rate(*args))))  # a graph reads float32
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 1024.0, growth_interval=3))
+    monkeypatch.setattr(caps, "lacks_gpu", lambda args: False)
+    done = fake_graphs(monkeypatch, failing)
+
+    def epoch(run):  # of 320 images: 5 full groups, and one of 20
+        done.clear()
+        caps.train_epoch(run)
+        run.history.append({})
+        run.position = 0
+        caps.save(run)
+        checkpoint = caps.read_checkpoint(run.folder / "last.pt")
+        return {name: checkpoint[name] for name in (*caps.PARTS, "totals", "steps")}
+
+    words = ["--batch-size", "30", "--accumulate", "2", "--ema", "0.9", "--warmup", "1.5"]
+    plain, graph = start(small, tmp_path / "plain", *words), start(small, tmp_path / "graph", *words, "--graph")
+    torch.testing.assert_close(epoch(plain), epoch(graph), rtol=0, atol=0)
+    assert done == ["eager"] * 3 + (["capture"] + ["eager"] * 3 if failing else ["capture"] + ["replay"] * 2 + ["eager"])
+    said = [line for line in capsys.readouterr().err.splitlines() if "--graph" in line]
+    assert said == bool(failing) * ["caps: --graph: the capture failed, going on without: no such kernel"]
+    crossed = [start(small, tmp_path / name, "--resume", str(tmp_path / name / "last.pt"), *words)
+               for name, *words in (("plain", "--graph"), ("graph",))]
+    whole = epoch(plain)
+    for run in (*crossed, graph):
+        torch.testing.assert_close(epoch(run), whole, rtol=0, atol=0)
+    assert done == ["eager" if failing else "replay"] * 5 + ["eager"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(caps.UserError, match="--graph: .* one process"):
+        caps.parse(["--graph"])
+
+
 def test_half_and_half_is_the_whole(small, tmp_path):
     words = ["--dataset", "mnist", "--data-dir", small, "--ema", "0.99"]
     assert command("--epochs", 4, "--out", "whole", *words, cwd=tmp_path).returncode == 0
@@ -403,21 +500,17 @@ def test_denormal_numbers_do_not_slow_training(tmp_path):
 
 def test_compiled_training_is_the_training(small, tmp_path, monkeypatch):
     """Three steps of ResCapsNet, the last with fewer images, against those of the model as it is; then a resumed run."""
-    def start(name, *words):
-        args = caps.parse(["train", "--model", "rescaps", "--data-dir", str(small), "--batch-size", "8", "--out",
-                           str(tmp_path / name), *words])
-        return caps.start_run(args, caps.start_world("cpu"))
-
     def steps(run, first, last):
         order, motion = caps.epoch_plan(320, 1, 0, 10, 0)
         for part in [slice(0, 8), slice(8, 16), slice(16, 21)][first:last]:
             caps.train_step(run, order[part], motion[part], part.stop - part.start)
         return run
 
-    plain = start("plain")
+    words = ["--model", "rescaps", "--batch-size", "8"]
+    plain = start(small, tmp_path / "plain", *words)
     assert plain.net is plain.model
     monkeypatch.setattr(caps, "pays_compiling", lambda *_: True)
-    fast = start("fast")
+    fast = start(small, tmp_path / "fast", *words)
     assert fast.net is not fast.model and all(p.grad is None for p in fast.model.parameters())
     for (name, a), b in zip(plain.model.state_dict().items(), fast.model.state_dict().values()):
         assert torch.equal(a, b), name
@@ -432,7 +525,7 @@ def test_compiled_training_is_the_training(small, tmp_path, monkeypatch):
     caps.save(fast)
     steps(fast, 2, 3)
     torch.testing.assert_close(fast.totals, plain.totals, rtol=1e-3, atol=0)  # Adam's first step is a sign
-    again = steps(start("fast", "--resume"), 2, 3)
+    again = steps(start(small, tmp_path / "fast", *words, "--resume"), 2, 3)
     for (name, a), b in zip(fast.model.state_dict().items(), again.model.state_dict().values()):
         assert torch.equal(a, b), name
 
@@ -463,16 +556,12 @@ def test_compilation_where_it_pays(words, images, expected):
 
 def test_moments_of_another_memory_order_are_resumed(small, tmp_path):
     """Checkpoints of earlier versions hold ResCapsNet in channels-last order."""
-    def start(*words):
-        args = caps.parse(["train", "--model", "rescaps", "--data-dir", str(small), "--batch-size", "4", "--out",
-                           str(tmp_path), *words])
-        return caps.start_run(args, caps.start_world("cpu"))
-
     def step(run):
         caps.train_step(run, torch.arange(4), torch.zeros(4, 3), 4)
         return run
 
-    run = step(start())
+    words = ["--model", "rescaps", "--batch-size", "4"]
+    run = step(start(small, tmp_path, *words))
     caps.save(run)
     checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
     for state in checkpoint["optimizer"]["state"].values():
@@ -480,7 +569,7 @@ def test_moments_of_another_memory_order_are_resumed(small, tmp_path):
             if state[name].dim() == 4:
                 state[name] = state[name].to(memory_format=torch.channels_last)
     torch.save(checkpoint, tmp_path / "last.pt")
-    for a, b in zip(step(run).model.parameters(), step(start("--resume")).model.parameters()):
+    for a, b in zip(step(run).model.parameters(), step(start(small, tmp_path, *words, "--resume")).model.parameters()):
         assert torch.equal(a, b)
 
 
@@ -908,6 +997,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 @pytest.mark.parametrize("words, expected", [
     (["--epochs", "0"], ("--epochs", "'0'")), (["--lr", "nan"], ("--lr", "'nan'")), (["--batch-size", "1.5"], ("--batch-size",)),
     (["--model", "lenet"], ("--model", "alexcaps")), (["--nonsense"], ("--nonsense",)), (["--amp", "fp16", "--device", "cpu"], ("fp16",)),
+    (["--graph", "--device", "cpu"], ("--graph", "GPU")),
     (["eval", "--checkpoint", "none.pt"], ("none.pt",)), (["report", "none"], ("none", "last.pt")), (["report"], ("no run",)), (["--resume", "none.pt"], ("none.pt",)), (["--resume"], ("--resume",)),
     (["--dataset", "mnist5k", "--holdout", "4000"], ("--holdout", "4000")), (["--out", "/dev/null/x", "--dataset", "mnist5k"], ("--out",)),
 ])
