@@ -348,7 +348,7 @@ def test_training_with_a_step_graph_on_gpu(model, amp, tmp_path):
             run.history.append({})
             run.position = 0
             run.totals.zero_()
-        assert run.steps == 30 and (not run.graph or run.graph.eager == 0)  # infinite if the capture failed
+        assert run.steps == 30 and (not run.graph or run.graph.graph)
         return [*states, weights()], losses
 
     (first, last), losses = train("--out", str(tmp_path / "plain"))
@@ -359,7 +359,7 @@ def test_training_with_a_step_graph_on_gpu(model, amp, tmp_path):
         assert found == pytest.approx(losses[-len(found):], rel=0.01)
 
 
-def test_training_goes_on_after_a_failed_capture_on_gpu(tmp_path):
+def test_a_step_that_cannot_be_captured_is_reported_on_gpu(tmp_path):
     Gpu()
     code = """
 import caps
@@ -372,8 +372,8 @@ caps.margin_loss = waiting
 raise SystemExit(caps.main("train --dataset mnist5k --device cuda --amp fp16 --graph --epochs 2 --out run".split()))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # a process of its own: the allocator remembers
-    assert done.returncode == 0 and done.stderr.count("the capture failed") == 1, done.stderr
-    assert float(done.stdout.split("epoch   2/2")[1].split("test loss")[1].split()[2]) > 0.7, done.stdout  # accuracy
+    assert done.returncode == 2 and done.stderr.count("--graph: this step cannot be captured") == 1, done.stderr
+    assert (tmp_path / "run" / "last.pt").exists()
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])

@@ -16,7 +16,7 @@ import caps
 ROOT = Path(__file__).parent.parent
 SANITIZED = bool(os.environ.get("CAPS_TEST_SANITIZED"))
 if SANITIZED:
-    caps._extension().FLAGS[:] = ["-O1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    caps.beside('csrc', 'extension').FLAGS[:] = ["-O1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ops = torch.ops.caps
 
 
@@ -488,12 +488,12 @@ def test_loading_a_library_built_ahead(checkout):
     shutil.copy(library, ahead)
     taken = checkout(WHICH)
     assert taken.stdout.strip() == f"native from {ahead}", taken.stdout + taken.stderr
-    other = "import caps; caps._extension().cpu = lambda: 'another'; print(*caps.backend())"
+    other = "import caps; caps.beside('csrc', 'extension').cpu = lambda: 'another'; print(*caps.backend())"
     assert checkout(other).stdout.startswith("native compiled to")
     shutil.move(checkout.folder / "csrc", checkout.folder / "caps_csrc")  # as pip installs it
     assert checkout(WHICH).stdout.strip() == f"native from {ahead}"
     shutil.move(checkout.folder / "caps_csrc", checkout.folder / "moved")
-    assert checkout(WHICH).stdout.startswith("torch there is no csrc/ beside")
+    assert checkout(WHICH).stdout.startswith("torch there is no csrc/extension.py beside")
     shutil.move(checkout.folder / "moved", checkout.folder / "csrc")
     with open(checkout.folder / "csrc" / "cpu.cpp", "a") as source:
         source.write("// changed\n")
@@ -507,7 +507,7 @@ def fake_nvcc(folder, release):
 
 
 def test_cuda_is_left_out_where_it_cannot_be_compiled(checkout):
-    cuda = "import torch, sys; torch.version.cuda = {}; import caps; print(caps._extension().cuda()[:2])"
+    cuda = "import torch, sys; torch.version.cuda = {}; import caps; print(caps.beside('csrc', 'extension').cuda()[:2])"
     assert "this torch has no CUDA" in checkout(cuda.format(None)).stdout
     if not torch.cuda.is_available():
         assert "no GPU is present" in checkout(cuda.format("'13.0'")).stdout
@@ -525,7 +525,7 @@ def test_cuda_folder_is_that_of_nvcc(checkout):
     link = checkout.folder / "bin" / "nvcc"
     link.parent.mkdir()
     link.symlink_to(shutil.which("nvcc"))
-    code = "import torch; torch.version.cuda = '{}'; import caps; print(caps._extension().cuda()[2])"
+    code = "import torch; torch.version.cuda = '{}'; import caps; print(caps.beside('csrc', 'extension').cuda()[2])"
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout.split("release ")[1].split(",")[0]
     said = checkout(code.format(version), PATH=f"{link.parent}:/bin:/usr/bin", TORCH_CUDA_ARCH_LIST="9.0").stdout.strip()
     assert (Path(said) / "include" / "cuda_runtime.h").exists(), said
@@ -538,7 +538,7 @@ def test_cuda_source_compiles_without_a_warning(tmp_path):
     includes = [part for path in include_paths() for part in ("-isystem", path)]
     command = ["nvcc", "-c", str(ROOT / "csrc" / "cuda.cu"), "-o", str(tmp_path / "cuda.o"), "-std=c++20",
                "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90", "--threads=2",
-               "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC", *includes, *caps._extension().compile_arguments()["nvcc"]]
+               "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC", *includes, *caps.beside('csrc', 'extension').compile_arguments()["nvcc"]]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
