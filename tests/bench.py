@@ -383,6 +383,12 @@ def straightforward(model, device):
     return step
 
 
+def caps_step(model, words, folder, device):
+    """A step of caps.py as `train` sets it up."""
+    torch.set_flush_denormal(True)
+    return step_of(run_for(model, device, folder, *words))
+
+
 def serve(pipe, threads, make, arguments):
     torch.set_num_threads(threads)
     f = make(*arguments)
@@ -394,7 +400,7 @@ def serve(pipe, threads, make, arguments):
 
 @contextlib.contextmanager
 def elsewhere(make, *arguments):
-    """The call make(*arguments), in a process of its own: caps.py's memory settings do not reach it."""
+    """The call make(*arguments), in a process of its own, with its own memory and settings of it."""
     context = torch.multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
     process = context.Process(target=serve, args=(other, torch.get_num_threads(), make, arguments), daemon=True)
@@ -411,20 +417,21 @@ def parts_of(run):
     index, motion = torch.arange(32, device=device), torch.zeros(32, 3, device=device)
     images, labels = caps.to_float(data.train_images[index]), data.train_labels[index]
 
-    def backward(part, x, finish):
+    def backward(part, x, finish, call=None):
         parameters = list(part.parameters())
         with caps.autocast(device, run.args.amp):
-            y = finish(part(x))
+            y = finish((call or part)(x))
         leaves = parameters + [x] * x.requires_grad
         return torch.autograd.grad(y, leaves, torch.ones_like(y)) and y
 
-    maps = backward(model.backbone, images, lambda y: y).detach().requires_grad_()
+    compiled = None if run.net is model else torch.compile(model.backbone, dynamic=False)
+    maps = backward(model.backbone, images, lambda y: y, compiled).detach().requires_grad_()
     top = torch.nn.Sequential(model.primary, model.digits)
     step_of(run)()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return {"data": lambda: (caps.move(caps.to_float(data.train_images[index]), motion), data.train_labels[index]),
-            "backbone": lambda: backward(model.backbone, images, lambda y: y),
+            "backbone": lambda: backward(model.backbone, images, lambda y: y, compiled),
             "capsule layer": lambda: backward(top, maps, lambda v: caps.margin_loss(caps.lengths(v).float(), labels)),
             "optimizer": run.optimizer.step}
 
@@ -448,22 +455,24 @@ def train(options):
     dtypes = {"off": torch.float32, "bf16": torch.bfloat16} | ({"fp16": torch.float16} if options.device == "cuda" else {})
     rates = {amp: product_rate(options.device, dtype) for amp, dtype in dtypes.items()}
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for model in caps.MODELS:
-            ways = {"": [], ", graph": ["--graph"]} if options.device == "cuda" else {"": []}
-            runs = {f"caps.py, amp {amp}{way}": run_for(model, options.device, folder, "--amp", amp, *words)
-                    for amp in dtypes for way, words in ways.items()}
-            with elsewhere(straightforward, model, options.device) as usual:
-                calls = {"straightforward": usual} | {name: step_of(run) for name, run in runs.items()}
-                times = interleave(calls, options.device, options.seconds)
+    ways = {"": [], ", graph": ["--graph"]} if options.device == "cuda" else {"": []}
+    words = {f"caps.py, amp {amp}{way}": ["--amp", amp, *more] for amp in dtypes for way, more in ways.items()}
+    for model in caps.MODELS:
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            calls = {"straightforward": stack.enter_context(elsewhere(straightforward, model, options.device))}
+            for name in words:
+                made = elsewhere(caps_step, model, words[name], os.path.join(folder, name), options.device)
+                calls[name] = stack.enter_context(made)
+            times = interleave(calls, options.device, options.seconds)
             for name in calls:
                 rows.append({"model": model, "pipeline": name, "ms": statistics.median(times[name]),
                              "images_per_second": 32e3 / statistics.median(times[name]),
                              "ratio": ratio(times, "straightforward", name), "rounds": len(times[name])})
                 print("{model:<10}{pipeline:<24}{ms:>10.1f} ms {images_per_second:>10.0f} images/s {ratio:>8.1f}x".format(
                     **rows[-1]), flush=True)
-                if name in runs and not runs[name].graph:
-                    print_parts(rows[-1], runs[name], rates, options)
+                if name in words and "--graph" not in words[name]:
+                    print_parts(rows[-1], run_for(model, options.device, os.path.join(folder, "parts"), *words[name]),
+                                rates, options)
     return {"command": "train", "machine": machine(options.device), "rows": rows}
 
 
