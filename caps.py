@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Capsule networks on MNIST: AlexCapsNet and ResCapsNet, trained, evaluated and used from one file.
+"""Capsule networks on MNIST: AlexCapsNet and ResCapsNet, trained, evaluated and used.
 
     python caps.py --model alexcaps --epochs 20             train (the default mode)
     python caps.py --resume runs/alexcaps-mnist/last.pt     go on where a run was stopped
@@ -59,6 +59,11 @@ CLASSES = 10
 
 class UserError(Exception):
     """A mistake that the user can mend; the command line prints it as one line and exits with status 2."""
+
+
+def first_line(error):
+    """What an exception says first."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
 # -------------------------------------------------------------------------------------------------------------- routing
@@ -228,7 +233,7 @@ def beside(folder, name):
     path = next(filter(pathlib.Path.is_file, paths), None)
     if path is None:
         raise FileNotFoundError(f"there is no {folder}/{name}.py beside {__file__}")
-    sys.modules.setdefault("caps", sys.modules[__name__])  # what the module imports, if this file is the program
+    sys.modules.setdefault("caps", sys.modules[__name__])  # for `import caps` there, where this file is the program
     spec = importlib.util.spec_from_file_location(f"caps_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -244,8 +249,8 @@ def _load():
     except Exception as error:
         if os.environ.get("CAPS_VERBOSE"):
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return None, next((line for line in lines if re.search(r"\berror:", line)), lines[0])  # the compiler's first
+        compilers = (line.strip() for line in str(error).splitlines() if re.search(r"\berror:", line))
+        return None, next(compilers, first_line(error))
 
 
 # --------------------------------------------------------------------------------------------------------------- models
@@ -457,7 +462,7 @@ def load_idx(name, data_dir):
             with contextlib.redirect_stdout(io.StringIO()):
                 getattr(datasets, DATASETS[name])(data_dir, download=True)
         except (ImportError, OSError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
+            reason = first_line(error).rstrip(":")
             raise FileNotFoundError(f"{folder / missing[0]}: not there, and not to be downloaded ({reason})") from error
     files = [find_idx(folder, stem) for stem in IDX_FILES]
     train, test = read_split(*files[:2]), read_split(*files[2:])
@@ -861,7 +866,7 @@ def read_checkpoint(path):
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch.load raises whatever a foreign file leads it to
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error)[:120]
         raise UserError(f"{path}: not a checkpoint of caps.py, or damaged; nothing of it was run ({reason})") from error
     return checkpoint
 
@@ -933,7 +938,7 @@ def save(run):
 def keep_freed_memory():
     """Let glibc keep what a step frees for the next one, instead of the kernel clearing the same pages at every step.
 
-    On two cores ResCapsNet's step took 310 instead of 396 ms, in bfloat16 171 instead of 207; 15 to 23 % more memory.
+    On two cores ResCapsNet's step, not compiled, took 310 instead of 396 ms; 15 to 23 % more memory.
     """
     import ctypes
     libc = ctypes.CDLL(None)
@@ -943,10 +948,11 @@ def keep_freed_memory():
 
 
 def pays_compiling(args, world, images):
-    """Whether torch.compile's seconds come back; the same answer for a resumed run, and for any number of processes.
+    """Whether torch.compile's seconds come back: from 100 steps of one process an epoch on.
 
-    Two cores, 32 images: ResCapsNet's step takes 265 instead of 358 ms, with bf16 118 instead of 205, for 10 s at the
-    start; AlexCapsNet's takes 7 % more, with bf16 16 %. GPUs: not measured.
+    The answer is the same for a resumed run, and for any number of processes. With two cores and 32 images ResCapsNet's
+    step takes 265 instead of 358 ms, with bf16 118 instead of 205, for some 10 s at the start; AlexCapsNet's takes 7 %
+    more, with bf16 16 %. GPUs: not measured.
     """
     return args.model == "rescaps" and world.device.type == "cpu" and images >= 100 * args.batch_size
 
@@ -958,12 +964,17 @@ def compiled(model, images, amp):
     BatchNorm would be almost as fast, but its sums leave 1 to 2 % of error in float32 gradients, these below 0.2 %.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a missing GPU
-    net, kept = torch.compile(model, dynamic=False), copy.deepcopy(model.state_dict())
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # they do, but for axes of one element
+    kept = copy.deepcopy(model.state_dict())
+    torch.compiler.set_stance("default")
     try:
+        # Among kernels in its cache torch 2.11 does not tell those for another number of threads.
+        net = torch.compile(model, dynamic=False, options={"cpp.threads": torch.get_num_threads()})
         with autocast(images.device, amp):
             net(to_float(images)).sum().backward()
+        torch.compiler.set_stance("eager_on_recompile")  # for an epoch's last, smaller group
     except Exception as error:  # whatever a compiler, or none, leads it to
-        print(f"caps: trained without torch.compile, {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"caps: trained without torch.compile, {first_line(error)}", file=sys.stderr)
         net = model
     model.load_state_dict(kept)  # BatchNorm has counted these images
     model.zero_grad(set_to_none=True)
@@ -976,12 +987,9 @@ def start_run(args, world):
 
     def settle():
         settled, checkpoint, data, replaced = prepare(args)
-        folder = make_folder(settled)
-        for path in replaced:
-            path.unlink()
-        return settled, checkpoint, data, folder
+        return settled, checkpoint, data, replaced, make_folder(settled)
 
-    args, checkpoint, data, folder = from_rank0(world, settle)
+    args, checkpoint, data, replaced, folder = from_rank0(world, settle)
     if data.note and world.rank == 0:
         print(f"caps: {data.note}")
     torch.manual_seed(args.seed)
@@ -991,6 +999,8 @@ def start_run(args, world):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     net = model
     if pays_compiling(args, world, len(data.train_images)):
+        if world.rank == 0:
+            print(f"caps: compiling {MODELS[args.model].__name__} for training", file=sys.stderr)
         net = compiled(model, data.train_images[:args.batch_size], args.amp)
     if world.size > 1:
         net = nn.parallel.DistributedDataParallel(net, device_ids=[world.device.index] if on_gpu else None)
@@ -1012,6 +1022,9 @@ def start_run(args, world):
             setattr(run, name, checkpoint[name])
         if world.rank == 0:
             run.totals.copy_(checkpoint["totals"])
+    if world.rank == 0:
+        for path in replaced:
+            path.unlink()
     return run
 
 
@@ -1081,7 +1094,7 @@ class StepGraph:
             with torch.cuda.graph(graph, stream=self.stream):
                 update_weights(run, self.index, self.motion, len(self.index))
         except RuntimeError as error:
-            cause = str(error.__context__ or error).partition("\n")[0]
+            cause = first_line(error.__context__ or error)
             raise UserError(f"--graph: this step cannot be captured, leave the option out ({cause})") from error
         group.update(usual)
         return graph

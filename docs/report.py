@@ -1,7 +1,7 @@
-"""The modes `diagram` and `report` of caps.py: drawings of the networks, and the study's claims judged by finished runs.
+"""The modes `diagram` and `report` of caps.py: networks drawn, and the study's claims judged by finished runs.
 
-    python caps.py diagram --model rescaps        diagram-rescaps.svg and .png
-    python caps.py report [RUN_DIR ...]           report/report.md with its pictures; docs/report is that of the reference runs
+    python caps.py diagram --model rescaps    diagram-rescaps.svg and .png
+    python caps.py report [RUN_DIR ...]       report/report.md with its pictures, for the reference runs in docs/report/
 """
 
 import csv

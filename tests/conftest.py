@@ -12,7 +12,8 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def denormals():
-    """Training in this process flushes denormal numbers; the next test has them again."""
+def settings():
+    """Training in this process flushes denormal numbers and compiles no more; not so for the next test."""
     yield
     torch.set_flush_denormal(False)
+    torch.compiler.set_stance("default")

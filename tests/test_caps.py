@@ -493,7 +493,7 @@ def test_denormal_numbers_do_not_slow_training(tmp_path):
     assert result.returncode == 0 and result.stdout.split()[0] == "0", result.stdout + result.stderr
 
 
-def test_compiled_training_is_the_training(small, tmp_path, monkeypatch):
+def test_compiled_training_is_the_training(small, tmp_path, monkeypatch, capsys):
     """Three steps of ResCapsNet, the last with fewer images, against those of the model as it is; then a resumed run."""
     def steps(run, first, last):
         order, motion = caps.epoch_plan(320, 1, 0, 10, 0)
@@ -506,6 +506,7 @@ def test_compiled_training_is_the_training(small, tmp_path, monkeypatch):
     assert plain.net is plain.model
     monkeypatch.setattr(caps, "pays_compiling", lambda *_: True)
     fast = start(small, tmp_path / "fast", *words)
+    assert "compiling ResCapsNet" in capsys.readouterr().err
     assert fast.net is not fast.model and all(p.grad is None for p in fast.model.parameters())
     for (name, a), b in zip(plain.model.state_dict().items(), fast.model.state_dict().values()):
         assert torch.equal(a, b), name
@@ -518,7 +519,9 @@ def test_compiled_training_is_the_training(small, tmp_path, monkeypatch):
             assert (a - c).norm() <= 5e-3 * c.norm() and (b - c).norm() <= 5e-3 * c.norm(), name
     steps(plain, 0, 3), steps(fast, 0, 2)
     caps.save(fast)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     steps(fast, 2, 3)
+    assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # the last group is not compiled for
     torch.testing.assert_close(fast.totals, plain.totals, rtol=1e-3, atol=0)  # Adam's first step is a sign
     again = steps(start(small, tmp_path / "fast", *words, "--resume"), 2, 3)
     for (name, a), b in zip(fast.model.state_dict().items(), again.model.state_dict().values()):
@@ -529,15 +532,16 @@ def test_a_model_that_cannot_be_compiled_is_trained_as_it_is(small, monkeypatch,
     model, images = caps.ResCapsNet(), caps.load_data("mnist", small).train_images[:4]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def compiler(model, dynamic):
+    def compiler(model, dynamic, options):
         def net(images):
             model(images)
-            raise RuntimeError("no compiler\nand more")
+            raise error
         return net
 
     monkeypatch.setattr(torch, "compile", compiler)
-    assert caps.compiled(model, images, "off") is model
-    assert "without torch.compile, no compiler\n" in capsys.readouterr().err
+    for error, said in (RuntimeError("no compiler\nand more"), "no compiler"), (AssertionError(), "AssertionError"):
+        assert caps.compiled(model, images, "off") is model
+        assert f"without torch.compile, {said}\n" in capsys.readouterr().err
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 

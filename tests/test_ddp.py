@@ -74,6 +74,33 @@ caps.load_data = few"""))
             torch.testing.assert_close(other[key], value, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("lacking", [[], [1]])
+def test_compiled_processes(small, tmp_path, lacking):  # noqa: F811
+    """In groups of 2 × 2 × 6 images and a last one of 8; also where one process has no compiler."""
+    body = program(tmp_path, f"""
+if int(os.environ["RANK"]) in {lacking}:
+    torch.compile = lambda *_, **__: caps.beside("no", "compiler")
+caps.pays_compiling = lambda *_: True
+load = caps.load_data
+def few(*words):
+    data = load(*words)
+    return caps.Data(data.name, "", data.train_images[:32], data.train_labels[:32], data.test_images, data.test_labels)
+caps.load_data = few
+start = caps.start_run
+def started(*words):
+    run = start(*words)
+    open(f"net{{run.world.rank}}", "w").write(type(run.net.module).__name__)
+    return run
+caps.start_run = started""")
+    result = torchrun(2, "--model", "rescaps", "--dataset", "mnist", "--data-dir", small, "--epochs", 1, "--out", "out",
+                      "--batch-size", 6, "--accumulate", 2, cwd=tmp_path, program=body)
+    assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr[-3000:]
+    for rank in (0, 1):
+        assert (tmp_path / f"net{rank}").read_text() == ("ResCapsNet" if rank in lacking else "OptimizedModule")
+    assert result.stderr.count("without torch.compile, there is no no/compiler.py") == len(lacking)
+    assert weights(tmp_path / "out").keys() == caps.ResCapsNet().state_dict().keys()
+
+
 def test_three_processes_measure_what_one_does(small, tmp_path):  # noqa: F811
     assert command("--dataset", "mnist", "--data-dir", small, "--epochs", 1, "--out", "run", cwd=tmp_path).returncode == 0
     for processes in (1, 3):
