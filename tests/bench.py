@@ -306,6 +306,7 @@ def plot_scale(rows, path):
 
 def run_for(model, device, folder, *words):
     """A run of caps.py on the embedded images, ready to step; under torchrun one of its processes."""
+    torch.set_flush_denormal(True)  # as caps.train does
     args = caps.parse(["train", "--model", model, "--dataset", "mnist5k", "--device", device, "--out", folder,
                        "--overwrite", "--accumulate", "1", *words])
     return caps.start_run(args, caps.start_world(device))
@@ -384,8 +385,7 @@ def straightforward(model, device):
 
 
 def caps_step(model, words, folder, device):
-    """A step of caps.py as `train` sets it up."""
-    torch.set_flush_denormal(True)
+    """A step of caps.py."""
     return step_of(run_for(model, device, folder, *words))
 
 
@@ -451,6 +451,7 @@ def print_parts(row, run, rates, options):
 
 def train(options):
     """Images per second of training steps with 32 images, against the straightforward pipeline."""
+    torch.set_flush_denormal(True)  # before there are threads, which inherit it
     print(f"training, batch 32; {machine(options.device)}")
     dtypes = {"off": torch.float32, "bf16": torch.bfloat16} | ({"fp16": torch.float16} if options.device == "cuda" else {})
     rates = {amp: product_rate(options.device, dtype) for amp, dtype in dtypes.items()}
