@@ -20,7 +20,7 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "CAPS_DATA"} | {
 def torchrun(processes, *words, cwd, program=CAPS, options=("--standalone",), **environment):
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options, str(program),
-         *map(str, words)], cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=240)
+         *map(str, words)], cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=600)
 
 
 def weights(folder):
