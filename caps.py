@@ -1570,7 +1570,7 @@ def main(argv=None):
         args = parse(sys.argv[1:] if argv is None else argv)
         status = args.run(args)
         if dist.is_available() and dist.is_initialized():
-            dist.barrier()  # rank 0 still writes; and a gloo thread with a tensor when Python ends aborts the process
+            dist.barrier()  # rank 0 still writes
         return status
     except BrokenPipeError:
         return 1
@@ -1584,5 +1584,19 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
+def program():
+    """main as a program. One of several processes leaves out Python's own end, in which a gloo thread that only then
+    lets go of a tensor aborts the process."""
+    try:
+        status = main()
+    except SystemExit as stop:
+        status = stop.code
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -36,7 +36,7 @@ def program(folder, body):
     """caps.py with `body` run before its main."""
     path = folder / "program.py"
     path.write_text(f"import os, sys\nsys.path.insert(0, {os.path.dirname(CAPS)!r})\nimport caps, torch\n{body}\n"
-                    "sys.exit(caps.main())\n")
+                    "caps.program()\n")
     return path
 
 
