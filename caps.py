@@ -1594,6 +1594,7 @@ def program():
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(os.environ.get("RANK") == "0")  # its store goes with it, and another process may still ask there
         os._exit(status or 0)
     sys.exit(status)
 
