@@ -1,4 +1,4 @@
-// Routing by agreement (Sabour, Frosst and Hinton 2017) as fused operators: what the CPU and the CUDA file share.
+// Routing by agreement (Sabour, Frosst and Hinton 2017) as fused operators: what cpu/ and cuda/ share.
 //
 // Axis letters: B batch, N input capsules, K input dimension, J output capsules, D output dimension, T iterations.
 //

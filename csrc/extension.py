@@ -17,12 +17,38 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import torch
 
 FOLDER = pathlib.Path(__file__).parent
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
+_LOCK = threading.Lock()
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11, the oldest whose stable ABI is used
+
+
+def available(device):
+    """(whether there are native operators for tensors on `device`, "cpu" or "cuda"; where from, or why not)."""
+    with _LOCK:  # threads that route for the first time at once build once
+        info, reason = _loaded()
+    if info and device == "cuda" and info["cuda_architectures"] == "none":
+        return False, f"the library was built for the CPU alone: {cuda()[1] or 'ahead of time'}"
+    if device not in ("cpu", "cuda"):
+        return False, f"no native operators for {device}"
+    return info is not None, reason
+
+
+@functools.cache
+def _loaded():
+    """(build_info, how it was loaded) or (None, why it could not be)."""
+    try:
+        module, reason = load()
+        return module.build_info(), reason
+    except Exception as error:  # of a compiler, a file system or a foreign library; CAPS_VERBOSE shows it whole
+        if os.environ.get("CAPS_VERBOSE"):
+            raise
+        lines = list(filter(None, map(str.strip, str(error).splitlines()))) or [type(error).__name__]
+        return None, next((line for line in lines if re.search(r"\berror:", line)), lines[0])
 
 
 def load():
@@ -67,12 +93,15 @@ def import_library(library):
 
 
 def sources():
-    return [str(FOLDER / name) for name in ("ops.cpp", "cpu.cpp") + (("cuda.cu",) if cuda()[0] else ())]
+    names = ["ops.cpp", "cpu/operators.cpp"] + ["cuda/operators.cu"] * bool(cuda()[0])
+    return [str(FOLDER / name) for name in names]
 
 
 def source_hash():
-    files = sorted(f for f in FOLDER.iterdir() if f.suffix in (".cpp", ".cu", ".h"))
-    return hashlib.sha256(b"".join(f.name.encode() + f.read_bytes() for f in files)).hexdigest()[:16]
+    """A digest of every source below this folder, so that none is edited, added or moved without a new library."""
+    files = sorted(f for f in FOLDER.rglob("*") if f.suffix in (".cpp", ".cu", ".h"))
+    named = (f.relative_to(FOLDER).as_posix().encode() + b"\0" + f.read_bytes() + b"\0" for f in files)
+    return hashlib.sha256(b"".join(named)).hexdigest()[:16]
 
 
 @functools.cache

@@ -1,8 +1,8 @@
-// csrc/cuda.cu as a shared library without CUDA, with a C interface for test_cuda.py; with CAPS_SHIM_MAIN a program
+// csrc/cuda/ as a shared library without CUDA, with a C interface for test_cuda.py; with CAPS_SHIM_MAIN a program
 // that runs every operator on exactly sized arrays, for the address and undefined-behaviour sanitizers.
 #include "cuda_shim.h"
 
-#include "../csrc/cuda.cu"
+#include "../csrc/cuda/operators.cu"
 
 namespace {
 
@@ -31,7 +31,7 @@ template <class Real>
 int forward(const int64_t* n, const Real* votes, const Real* inputs, const Real* weight, Real* v, Real* sums) {
   return guarded([&] {
     const caps::Sizes sizes = {n[0], n[1], n[2], n[3], n[4], n[5]};
-    caps::with_plan<Real>(sizes, {votes, inputs, weight}, nullptr, [&](const auto& plan) {
+    caps::cuda::with_plan<Real>(sizes, {votes, inputs, weight}, nullptr, [&](const auto& plan) {
       plan.forward(v, sums, workspace<Real>(plan.forward_workspace()).get());
     });
   });
@@ -42,7 +42,7 @@ int backward(const int64_t* n, const Real* votes, const Real* inputs, const Real
              const Real* sums, Real* grad_source, Real* grad_weight) {
   return guarded([&] {
     const caps::Sizes sizes = {n[0], n[1], n[2], n[3], n[4], n[5]};
-    caps::with_plan<Real>(sizes, {votes, inputs, weight}, nullptr, [&](const auto& plan) {
+    caps::cuda::with_plan<Real>(sizes, {votes, inputs, weight}, nullptr, [&](const auto& plan) {
       plan.backward(grad, sums, grad_source, grad_weight, workspace<Real>(plan.backward_workspace()).get());
     });
   });
@@ -60,10 +60,10 @@ int backward(const int64_t* n, const Real* votes, const Real* inputs, const Real
     return backward<Real>(n, votes, inputs, weight, grad, sums, grad_source, grad_weight);                             \
   }                                                                                                                    \
   extern "C" int squash_##suffix(int64_t vectors, int64_t D, const Real* s, Real* v) {                                 \
-    return guarded([&] { caps::run_squash(vectors, D, s, v, nullptr); });                                              \
+    return guarded([&] { caps::cuda::run_squash(vectors, D, s, v, nullptr); });                                        \
   }                                                                                                                    \
   extern "C" int squash_backward_##suffix(int64_t vectors, int64_t D, const Real* grad, const Real* s, Real* gs) {     \
-    return guarded([&] { caps::run_squash_backward(vectors, D, grad, s, gs, nullptr); });                              \
+    return guarded([&] { caps::cuda::run_squash_backward(vectors, D, grad, s, gs, nullptr); });                        \
   }
 EXPORT(float, float32)
 EXPORT(double, float64)

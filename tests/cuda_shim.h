@@ -1,4 +1,4 @@
-// Runs csrc/cuda.cu on a CPU: what its kernels and launches use of CUDA, no more.
+// Runs csrc/cuda/ on a CPU: what its kernels and launches use of CUDA, no more.
 //
 // The threads of a block are fibers of one thread. Each runs to its next barrier or shuffle; an exchange is complete
 // when all threads (of the block, or of the warp) stand at the same line of the source, and anything else is an error.
@@ -19,6 +19,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -28,8 +29,10 @@
 #define __launch_bounds__(...)
 #define CAPS_LAUNCH(kernel, grid, block, shared, stream) shim::bind(kernel, grid, block, shared, stream)
 #define CAPS_SHARED(name) unsigned char* const name = shim::block.shared.data() + shim::block.offset
-#define __syncthreads() shim::wait(false, __LINE__)
-#define __shfl_xor_sync(mask, value, offset) shim::shuffle_xor(mask, value, offset, __LINE__)
+#define SHIM_TEXT(x) #x
+#define SHIM_PLACE(line) __FILE__ ":" SHIM_TEXT(line)
+#define __syncthreads() shim::wait(false, SHIM_PLACE(__LINE__))
+#define __shfl_xor_sync(mask, value, offset) shim::shuffle_xor(mask, value, offset, SHIM_PLACE(__LINE__))
 #define threadIdx (shim::block.threads[shim::block.running].index)
 #define blockIdx shim::block.index
 #define blockDim shim::block.size
@@ -53,7 +56,8 @@ struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   enum { ready, at_barrier, at_shuffle, done } state = ready;
-  int line = 0, shuffles = 0;
+  std::string_view place;  // of the barrier or shuffle at which it waits, file:line
+  int shuffles = 0;
   double exchange[2] = {};
   std::vector<Copy> copies;
 };
@@ -87,18 +91,18 @@ inline void leave(decltype(Thread::state) state) {
   swapcontext(&thread.context, &block.scheduler);
 }
 
-inline void wait(bool shuffle, int line) {
-  block.threads[block.running].line = line;
+inline void wait(bool shuffle, std::string_view place) {
+  block.threads[block.running].place = place;
   leave(shuffle ? Thread::at_shuffle : Thread::at_barrier);
 }
 
 template <class Real>
-Real shuffle_xor(unsigned mask, Real value, int offset, int line) {
+Real shuffle_xor(unsigned mask, Real value, int offset, std::string_view place) {
   const int own = block.running, parity = block.threads[own].shuffles++ % 2;
   if (mask != 0xffffffffu && block.error.empty())
     block.error = "a shuffle of a part of a warp";
   block.threads[own].exchange[parity] = value;
-  wait(true, line);
+  wait(true, place);
   return static_cast<Real>(block.threads[own ^ offset].exchange[parity]);
 }
 
@@ -115,7 +119,7 @@ inline void run_thread() {
 // Lets the threads [first, first + count) go on if all of them stand at the same place; false if they do not.
 inline bool release(int first, int count, decltype(Thread::state) state) {
   for (int i = first; i < first + count; ++i)
-    if (block.threads[i].state != state || block.threads[i].line != block.threads[first].line)
+    if (block.threads[i].state != state || block.threads[i].place != block.threads[first].place)
       return false;
   for (int i = first; i < first + count; ++i)
     block.threads[i].state = Thread::ready;
@@ -170,12 +174,12 @@ inline void run_block(unsigned index, size_t shared) {
       std::string places;
       for (int i = 0; i < count; ++i)
         if (i == 0 || block.threads[i].state != block.threads[i - 1].state ||
-            block.threads[i].line != block.threads[i - 1].line)
+            block.threads[i].place != block.threads[i - 1].place)
           places += " thread " + std::to_string(i) + (block.threads[i].state == Thread::done ? " has ended,"
                                                       : block.threads[i].state == Thread::at_shuffle
-                                                          ? " is at a shuffle in line "
-                                                          : " is at a barrier in line ") +
-                    (block.threads[i].state == Thread::done ? "" : std::to_string(block.threads[i].line) + ",");
+                                                          ? " is at a shuffle in "
+                                                          : " is at a barrier in ") +
+                    (block.threads[i].state == Thread::done ? "" : std::string(block.threads[i].place) + ",");
       fail("threads diverge:" + places + " block " + std::to_string(index));
     }
   }

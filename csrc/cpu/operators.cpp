@@ -1,0 +1,131 @@
+// The operators on the CPU, float32 and float64.
+//
+// Everything is vertical over SIMD lanes; only the meaning of a lane differs:
+//   capsule_linear   a lane is a sample: 16 samples share each number of W_i, and votes live in registers and L1
+//   routing          a lane is an input capsule of one sample, and votes are transposed as they are read; small
+//                    batches of capsule_linear, which cannot fill the lanes with samples, go this way too
+// The work is cut into (lane group × chunk of N) by the sizes alone and partial sums are added in a fixed order, so
+// that a result does not depend on the number of threads.
+#include "../caps.h"
+
+// Gives all of caps::cpu internal linkage: with external linkage g++ no longer inlines what has a single caller.
+namespace caps {
+inline namespace {
+namespace cpu {}
+}  // namespace
+}  // namespace caps
+
+#include "linear.h"
+#include "routing.h"
+#include "small_batch.h"
+#include "squash.h"
+
+namespace caps::cpu {
+
+Tensor squash(const Tensor& s_) {
+  check_squash(s_);
+  const Tensor s = torch::stable::contiguous(s_), v = torch::stable::empty_like(s);
+  dispatch(s, [&](auto number) {
+    using T = decltype(number);
+    const int64_t D = s.size(s.dim() - 1);
+    const T *from = data<T>(s), *end = from + s.numel();
+    T* to = data<T>(v);
+    const auto fast = D == 4 ? squash_rows<T, 4> : D == 8 ? squash_rows<T, 8> : D == 16 ? squash_rows<T, 16>
+                                                                                        : squash_rows<T, 0>;
+    for_capsules<T>(s, [&](int64_t at, int rows, Vec<T>* x, Vec<T>*) {
+      if (rows == lanes<T> && fast(from + at, D, to + at)) return;
+      load_lanes<T>({from + at, D, end}, rows, D, x);
+      squash_capsule<T>(x, x, D);
+      store_lanes<T>(x, rows, D, to + at, D);
+    });
+  });
+  return v;
+}
+
+Tensor squash_backward(const Tensor& grad_, const Tensor& s_) {
+  check_squash_backward(grad_, s_);
+  const Tensor grad = torch::stable::contiguous(grad_), s = torch::stable::contiguous(s_);
+  const Tensor gs = torch::stable::empty_like(s);
+  dispatch(s, [&](auto number) {
+    using T = decltype(number);
+    const int64_t D = s.size(s.dim() - 1), count = s.numel();
+    for_capsules<T>(s, [&](int64_t at, int rows, Vec<T>* x, Vec<T>* g) {
+      load_lanes<T>({data<T>(s) + at, D, data<T>(s) + count}, rows, D, x);
+      load_lanes<T>({data<T>(grad) + at, D, data<T>(grad) + count}, rows, D, g);
+      squash_capsule_backward<T>(x, g, x, D);
+      store_lanes<T>(x, rows, D, data<T>(gs) + at, D);
+    });
+  });
+  return gs;
+}
+
+std::tuple<Tensor, Tensor> routing(const Tensor& votes_, int64_t iterations) {
+  const Sizes n = check_routing(votes_, iterations);
+  const Tensor votes = torch::stable::contiguous(votes_);
+  const Tensor output = empty(votes, {n.B, n.J, n.D}), sums = empty(votes, {n.T, n.B, n.J, n.D});
+  dispatch(votes, [&](auto number) {
+    using T = decltype(number);
+    Routing<T>{n, data<T>(votes)}.forward(data<T>(output), data<T>(sums));
+  });
+  return {output, sums};
+}
+
+Tensor routing_backward(const Tensor& grad_, const Tensor& votes_, const Tensor& sums_) {
+  const Sizes n = check_routing_backward(grad_, votes_, sums_);
+  const Tensor grad = torch::stable::contiguous(grad_), votes = torch::stable::contiguous(votes_);
+  const Tensor sums = torch::stable::contiguous(sums_), grad_votes = torch::stable::empty_like(votes);
+  dispatch(votes, [&](auto number) {
+    using T = decltype(number);
+    Routing<T>{n, data<T>(votes)}.backward(data<T>(grad), data<T>(sums), data<T>(grad_votes));
+  });
+  return grad_votes;
+}
+
+std::tuple<Tensor, Tensor> capsule_linear(const Tensor& inputs_, const Tensor& weight_, int64_t iterations) {
+  const Sizes n = check_capsule_linear(inputs_, weight_, iterations);
+  const Tensor inputs = torch::stable::contiguous(inputs_), weight = torch::stable::contiguous(weight_);
+  const Tensor output = empty(inputs, {n.B, n.J, n.D}), sums = empty(inputs, {n.T, n.B, n.J, n.D});
+  dispatch(inputs, [&](auto number) {
+    using T = decltype(number);
+    if (is_small_batch(n)) {
+      const Tensor votes = make_votes<T>(inputs, weight, n);
+      Routing<T>{votes_sizes(n), data<T>(votes)}.forward(data<T>(output), data<T>(sums));
+    } else {
+      with_linear<T>(inputs, weight, n, [&](const auto& linear) { linear.forward(data<T>(output), data<T>(sums)); });
+    }
+  });
+  return {output, sums};
+}
+
+std::tuple<Tensor, Tensor> capsule_linear_backward(const Tensor& grad_, const Tensor& inputs_, const Tensor& weight_,
+                                                   const Tensor& sums_) {
+  const Sizes n = check_capsule_linear_backward(grad_, inputs_, weight_, sums_);
+  const Tensor grad = torch::stable::contiguous(grad_), sums = torch::stable::contiguous(sums_);
+  const Tensor inputs = torch::stable::contiguous(inputs_), weight = torch::stable::contiguous(weight_);
+  const Tensor grad_inputs = torch::stable::empty_like(inputs), grad_weight = torch::stable::empty_like(weight);
+  dispatch(inputs, [&](auto number) {
+    using T = decltype(number);
+    if (is_small_batch(n)) {
+      const Tensor votes = make_votes<T>(inputs, weight, n);  // and, in the same place, their gradient
+      Routing<T>{votes_sizes(n), data<T>(votes)}.backward(data<T>(grad), data<T>(sums), data<T>(votes));
+      linear_gradients(data<T>(votes), data<T>(inputs), data<T>(weight), n, data<T>(grad_inputs),
+                       data<T>(grad_weight));
+    } else {
+      with_linear<T>(inputs, weight, n, [&](const auto& linear) {
+        linear.backward(data<T>(grad), data<T>(sums), data<T>(grad_inputs), data<T>(grad_weight));
+      });
+    }
+  });
+  return {grad_inputs, grad_weight};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(caps, CPU, m) {
+  m.impl("squash", TORCH_BOX(&squash));
+  m.impl("squash_backward", TORCH_BOX(&squash_backward));
+  m.impl("capsule_linear", TORCH_BOX(&capsule_linear));
+  m.impl("capsule_linear_backward", TORCH_BOX(&capsule_linear_backward));
+  m.impl("routing", TORCH_BOX(&routing));
+  m.impl("routing_backward", TORCH_BOX(&routing_backward));
+}
+
+}  // namespace caps::cpu
