@@ -18,10 +18,10 @@ def extension():
     """Keyword arguments of setup() for the extension module; none where torch is not there to build against."""
     if os.environ.get("CAPS_BUILD") == "0":
         return {}
-    sys.path.insert(0, str(HERE / "csrc"))
+    sys.path.insert(0, str(HERE))
     try:
-        import extension as native
         import pybind11
+        from csrc import extension as native
     except ImportError as error:
         print(f"caps: built without the native operators ({error}); use --no-build-isolation", file=sys.stderr)
         return {}
@@ -43,14 +43,16 @@ def extension():
 
 
 setup(
-    name="caps",
+    name="capsnet-exact",  # `caps` belongs to another project on the package index; the module stays caps
     version="1.0.0",
     description="Capsule networks in PyTorch with exact, fused dynamic routing",
     python_requires=">=3.10",
     py_modules=["caps"],
-    packages=["caps_csrc", "caps_docs"],
-    package_dir={"caps_csrc": "csrc", "caps_docs": "docs"},
-    package_data={"caps_csrc": ["*.py", "*.cpp", "*.h", "*.cu"], "caps_docs": ["*.py"]},
+    packages=["caps_parts.csrc", "caps_parts.extras"],  # where caps.__path__ looks for them
+    package_dir={"caps_parts.csrc": "csrc", "caps_parts.extras": "extras"},
+    package_data={"caps_parts.csrc": [f"{folder}*.{kind}" for folder in ("", "cpu/", "cuda/")
+                                      for kind in ("cpp", "h", "cu")]},
+    entry_points={"console_scripts": ["caps = caps:program"]},
     install_requires=["torch>=2.11,<2.15", "torchvision>=0.26,<0.30", "numpy", "matplotlib", "scikit-learn", "tqdm",
                       "mlxtend", "pillow", "pybind11", "ninja"],
     extras_require={"onnx": ONNX, "test": ["pytest", *ONNX]},

@@ -1,0 +1,65 @@
+"""The mode `export`: a checkpoint as an ONNX file. Needs the packages of the extra: pip install -e '.[onnx]'."""
+
+import contextlib
+import io
+import pathlib
+import warnings
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from caps import (CLASSES, EVALUATION_BATCH, UserError, lengths, load_data, load_model, read_checkpoint, to_float,
+                  write_atomically)
+
+
+def options(add):
+    add("--checkpoint")
+    add("--dataset")
+    add("--data-dir")
+    add("out", metavar="FILE", help="the file to write, model.onnx say")
+
+
+class WithLengths(nn.Module):
+    """images -> (lengths [B, J], capsules [B, J, 16]), what an exported model gives."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        capsules = self.model(images)
+        return lengths(capsules), capsules
+
+
+def run(args):
+    """A checkpoint as an ONNX file, kept only if onnxruntime computes the same over the test images."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch's exporter needs it, and onnx by it)
+    except ImportError as error:
+        raise UserError(f"export needs the package {error.name}: pip install -e '.[onnx]'") from error
+    checkpoint = read_checkpoint(args.checkpoint)
+    images = load_data(args.dataset or checkpoint["config"]["dataset"], args.data_dir).test_images
+    model = WithLengths(load_model(checkpoint, torch.device("cpu"))).eval()
+
+    def write(path):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations
+            torch.onnx.export(model, (to_float(images[:2]),), path, dynamo=True, external_data=False, verbose=False,
+                              input_names=["images"], output_names=["lengths", "capsules"],
+                              dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        worst = 0.0
+        for part in map(to_float, images.split(EVALUATION_BATCH)):
+            with torch.no_grad():
+                expected = model(part)
+            found = session.run(None, {"images": part.numpy()})
+            worst = max(worst, *(float(np.abs(a.numpy() - b).max()) for a, b in zip(expected, found)))
+        if not worst <= 1e-5:
+            raise UserError(f"{args.out}: not written, onnxruntime differs by {worst:.1e}, expected at most 1e-5")
+        print(f"{args.out}: images [batch, 1, 28, 28] in [0, 1] -> lengths [batch, {CLASSES}], capsules; onnxruntime "
+              f"differs by at most {worst:.1e} over {len(images):,} test images")
+
+    write_atomically(pathlib.Path(args.out), write)
+    return 0

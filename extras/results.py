@@ -1,0 +1,43 @@
+"""What a finished training or evaluation leaves in its folder, besides checkpoint and metrics.csv: summary.json and
+the pictures."""
+
+import json
+import platform
+import resource
+import sys
+
+import torch
+
+from caps import MODELS, __version__, backend, write_atomically
+from caps.extras import figures
+
+
+def write_results(folder, what, facts, scores, result, data, world, history=()):
+    """summary.json, confusion.png, roc.png and misclassified.png of class scores [n, J] on the test set of `data` and
+    `measure`'s `result`; curves.png of a training's history, rows of metrics.csv. `what` begins the line that is said.
+    """
+    title = f"{MODELS[facts['model']].__name__}, {data.name}"
+    write_json(folder / "summary.json", facts | {
+        "dataset": data.name, "note": data.note, "test_images": len(data.test_images)} | result | environment(world))
+    if history:
+        figures.plot_curves({title: history}, folder / "curves.png")
+    figures.plot_confusion({title: result}, folder / "confusion.png")
+    figures.plot_roc({title: (scores, data.test_labels, result)}, folder / "roc.png")
+    figures.plot_misclassified(data.test_images, scores, data.test_labels, title, folder / "misclassified.png")
+    auc = "unknown" if result["macro_auc"] is None else f"{result['macro_auc']:.5f}"
+    print(f"{what}: test accuracy {100 * result['test_accuracy']:.2f} %, macro AUC {auc}; files in {folder}")
+
+
+def environment(world):
+    """What every summary.json says of where it was made; memory is the GPU allocator's peak, or the resident set's."""
+    gpu, unit = world.device.type == "cuda", 1 if sys.platform == "darwin" else 1024  # of ru_maxrss in bytes
+    return {
+        "device": torch.cuda.get_device_name(world.device) if gpu else f"cpu, {torch.get_num_threads()} threads",
+        "world_size": world.size, "routing_backend": backend(world.device.type)[0],
+        "python": platform.python_version(), "torch": torch.__version__, "version": __version__,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(world.device) if gpu else
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def write_json(path, content):
+    write_atomically(path, lambda f: f.write_text(json.dumps(content, indent=1) + "\n"))

@@ -1,0 +1,57 @@
+"""The mode `summary`, and the layer table that diagram, report and the benchmarks share."""
+
+import functools
+
+import torch
+import torch.nn as nn
+
+from caps import MODELS, CapsuleLayer
+
+
+def options(add):
+    add("--model")
+    add("--iterations")
+
+
+def run(args):
+    """The layer table of a model, with totals."""
+    rows = layer_table(MODELS[args.model](iterations=args.iterations))
+    print(f"{MODELS[args.model].__name__}, for one image [1, 28, 28]\n")
+    print(f"{'layer':<20}{'kind':<18}{'output':<16}{'parameters':>12}{'multiply-adds':>16}")
+    for name, kind, shape, parameters, multiply_adds in rows:
+        print(f"{name:<20}{kind:<18}{'×'.join(map(str, shape)):<16}{parameters:>12,}{multiply_adds:>16,}")
+    parameters, multiply_adds = totals(rows)
+    print(f"{'total':<54}{parameters:>12,}{multiply_adds:>16,}")
+    return 0
+
+
+def layer_table(model):
+    """Rows (name, kind, output shape, parameters, multiply-adds) for one image, in the order of computation.
+
+    Multiply-adds count convolutions, and for a capsule layer the votes (N·J·D·K) and each iteration's weighted sum
+    and agreement (N·J·D each, no agreement after the last); elementwise work is not counted.
+    """
+    rows = []
+
+    def record(name, module, inputs, output):
+        multiply_adds = 0
+        if isinstance(module, nn.Conv2d):
+            multiply_adds = module.weight.numel() * output.shape[2] * output.shape[3]
+        elif isinstance(module, CapsuleLayer):
+            n, j, d, k = module.weight.shape
+            multiply_adds = n * j * d * (k + 2 * module.iterations - 1)
+        parameters = sum(p.numel() for p in module.parameters())
+        rows.append((name, type(module).__name__, tuple(output.shape[1:]), parameters, multiply_adds))
+
+    hooks = [module.register_forward_hook(functools.partial(record, name)) for name, module in model.named_modules()
+             if not list(module.children())]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 1, 28, 28, device=next(model.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def totals(rows):
+    """Parameters, and multiply-adds for one image, of layer_table's rows."""
+    return [sum(row[i] for row in rows) for i in (3, 4)]
