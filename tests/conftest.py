@@ -1,3 +1,4 @@
+"""Fixtures of all tests."""
 import sys
 from pathlib import Path
 
@@ -5,6 +6,10 @@ import pytest
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+from common import FILES, command, write_idx  # noqa: E402
+
+import caps  # noqa: E402
 
 
 def pytest_configure(config):
@@ -17,3 +22,31 @@ def settings():
     yield
     torch.set_flush_denormal(False)
     torch.compiler.set_stance("default")
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    return caps.load_data("mnist5k", "nowhere")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory, embedded):
+    """A data folder in torchvision's layout: 320 training and 100 test images out of the embedded ones."""
+    folder = tmp_path_factory.mktemp("data")
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, images, labels, count in (("train", embedded.train_images, embedded.train_labels, 320),
+                                         ("t10k", embedded.test_images, embedded.test_labels, 100)):
+        chosen = torch.arange(0, len(images), len(images) // count)[:count]
+        for name, array in zip(FILES[split], (images[chosen], labels[chosen])):
+            write_idx(raw / name, array.numpy())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a two-epoch run on the embedded images, made by the command that a newcomer types."""
+    cwd = tmp_path_factory.mktemp("trained")
+    result = command("--model", "alexcaps", "--epochs", 2, "--dataset", "mnist5k", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd / "runs" / "alexcaps-mnist5k"

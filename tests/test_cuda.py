@@ -332,11 +332,12 @@ def test_training_with_a_step_graph_on_gpu(model, amp, tmp_path):
     """
     Gpu()
     import caps
+    from caps.extras import faster
 
     def train(*words):
         args = caps.parse(["train", "--model", model, "--dataset", "mnist5k", "--device", "cuda", "--amp", amp,
                            "--ema", "0.9", "--warmup", "1.5", "--checkpoint-every", "20", *words])
-        run = caps.start_run(args, caps.start_world("cuda"))
+        run = caps.start_run(args, caps.start_world("cuda"), faster)
         run.optimizer.param_groups[0]["eps"] = 1e-2
         for part in ("train_images", "train_labels"):  # 400 of each class in order: 14 groups of 32, and one of 20
             setattr(run.data, part, getattr(run.data, part)[::8][:468])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import CAPS, command
 
 import caps
-from test_caps import CAPS, command, small, embedded  # noqa: F401  (fixtures)
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "CAPS_DATA"} | {
     "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # the latter as run.sh has it
@@ -53,7 +53,7 @@ caps.MODELS["rescaps"] = lambda **k: Rescaps(**k).double()
 
 @pytest.mark.parametrize("model, splits", [("alexcaps", [(1, 24, 1), (4, 6, 1), (2, 4, 3)]),
                                            ("rescaps", [(1, 4, 1), (2, 1, 2)])])
-def test_the_same_mathematics_in_float64(small, tmp_path, model, splits):  # noqa: F811
+def test_the_same_mathematics_in_float64(small, tmp_path, model, splits):
     """Processes × micro-batch × accumulation with the same product give the same weights; BN's statistics frozen."""
     double = program(tmp_path, DOUBLE + ("" if model == "alexcaps" else """
 load = caps.load_data
@@ -75,12 +75,15 @@ caps.load_data = few"""))
 
 
 @pytest.mark.parametrize("lacking", [[], [1]])
-def test_compiled_processes(small, tmp_path, lacking):  # noqa: F811
+def test_compiled_processes(small, tmp_path, lacking):
     """In groups of 2 × 2 × 6 images and a last one of 8; also where one process has no compiler."""
     body = program(tmp_path, f"""
 if int(os.environ["RANK"]) in {lacking}:
-    torch.compile = lambda *_, **__: caps.beside("no", "compiler")
-caps.pays_compiling = lambda *_: True
+    def compiler(*_, **__):
+        raise RuntimeError("there is no compiler")
+    torch.compile = compiler
+from caps.extras import faster
+faster.pays_compiling = lambda *_: True
 load = caps.load_data
 def few(*words):
     data = load(*words)
@@ -97,11 +100,11 @@ caps.start_run = started""")
     assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr[-3000:]
     for rank in (0, 1):
         assert (tmp_path / f"net{rank}").read_text() == ("ResCapsNet" if rank in lacking else "OptimizedModule")
-    assert result.stderr.count("without torch.compile, there is no no/compiler.py") == len(lacking)
+    assert result.stderr.count("without torch.compile, there is no compiler") == len(lacking)
     assert weights(tmp_path / "out").keys() == caps.ResCapsNet().state_dict().keys()
 
 
-def test_three_processes_measure_what_one_does(small, tmp_path):  # noqa: F811
+def test_three_processes_measure_what_one_does(small, tmp_path):
     assert command("--dataset", "mnist", "--data-dir", small, "--epochs", 1, "--out", "run", cwd=tmp_path).returncode == 0
     for processes in (1, 3):
         result = torchrun(processes, "eval", "--checkpoint", "run/last.pt", "--dataset", "mnist5k", "--out", f"e{processes}",
@@ -112,7 +115,7 @@ def test_three_processes_measure_what_one_does(small, tmp_path):  # noqa: F811
     assert all(one[k] == three[k] for k in ("test_accuracy", "test_loss", "confusion", "auc", "macro_auc", "per_class_accuracy"))
 
 
-def test_three_processes_see_every_image_once(small, tmp_path):  # noqa: F811
+def test_three_processes_see_every_image_once(small, tmp_path):
     """But the last (320 mod 3) of the epoch's order; also in groups that three processes and two micro-steps do not divide."""
     recorder = program(tmp_path, """
 step = caps.train_step
@@ -139,21 +142,22 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     assert caps.start_world("cpu").device.type == "cpu"
 
 
-def test_no_rank_leaves_before_the_files_are_written(small, tmp_path):  # noqa: F811
+def test_no_rank_leaves_before_the_files_are_written(small, tmp_path):
     last = program(tmp_path, '''
 import time
-finish, main = caps.finish, caps.main
-def slow_finish(run, *rest):
-    time.sleep(1.5 * (run.world.rank == 0))
-    return finish(run, *rest)
+from caps.extras import results
+write, main = results.write_results, caps.main
+def slow_write(*arguments, **options):  # by rank 0
+    time.sleep(1.5)
+    return write(*arguments, **options)
 def main_and_look():
     return main() or int(not os.path.exists("run/summary.json"))
-caps.finish, caps.main = slow_finish, main_and_look''')
+results.write_results, caps.main = slow_write, main_and_look''')
     result = torchrun(2, "--dataset", "mnist", "--data-dir", small, "--epochs", 1, "--out", "run", cwd=tmp_path, program=last)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_a_killed_rank_changes_nothing(small, tmp_path):  # noqa: F811
+def test_a_killed_rank_changes_nothing(small, tmp_path):
     words = ["--dataset", "mnist", "--data-dir", small, "--epochs", 2, "--batch-size", 8, "--checkpoint-every", 3]
     assert torchrun(2, *words, "--out", "whole", cwd=tmp_path).returncode == 0
     killer = program(tmp_path, """
@@ -172,7 +176,7 @@ caps.train_step = killing_step""")
         tmp_path / "whole/last.pt", weights_only=True)["steps"]
 
 
-def test_a_machine_that_fails_changes_nothing(small, tmp_path):  # noqa: F811
+def test_a_machine_that_fails_changes_nothing(small, tmp_path):
     """Two agents, of which torchrun counts the restart on one alone, and that is not rank 0's; a damaged checkpoint beside."""
     (tmp_path / "runs" / "alexcaps-old").mkdir(parents=True)
     (tmp_path / "runs" / "alexcaps-old" / "last.pt").write_bytes(b"damaged")
@@ -200,7 +204,7 @@ caps.train_step = killing_step""")
     assert steps == [*range(1, 9), *range(7, 11)]  # from the checkpoint of step 6
 
 
-def test_a_rank_that_raises_ends_the_job(small, tmp_path):  # noqa: F811
+def test_a_rank_that_raises_ends_the_job(small, tmp_path):
     raiser = program(tmp_path, """
 step = caps.train_step
 def raising_step(run, *rest):
@@ -226,7 +230,7 @@ SET_UP = (Path(sys.prefix) / ".caps-setup").exists()
 
 
 @pytest.mark.skipif(not SET_UP, reason="this environment was not made by run.sh")
-def test_run_sh_starts_two_machines_that_meet(small, tmp_path):  # noqa: F811
+def test_run_sh_starts_two_machines_that_meet(small, tmp_path):
     port = free_port()
     agents = [subprocess.Popen(
         [str(RUN), "ddp", "1", "--nnodes", "2", "--node-rank", str(rank),

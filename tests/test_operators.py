@@ -1,22 +1,20 @@
-"""The native operators on the CPU, and their loader, against the plain PyTorch version in caps.py."""
+"""The native operators on the CPU, their autograd, and the models' fast layers, against plain PyTorch."""
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 from torch.autograd import gradcheck
 
 import caps
+from caps.csrc import extension
 
-ROOT = Path(__file__).parent.parent
 SANITIZED = bool(os.environ.get("CAPS_TEST_SANITIZED"))
 if SANITIZED:
-    caps.beside('csrc', 'extension').FLAGS[:] = ["-O1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    extension.FLAGS[:] = ["-O1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ops = torch.ops.caps
 
 
@@ -54,9 +52,6 @@ def assert_near(actual, expected, tolerance):
 SIZES = [(1, 1, 1, 1, 1), (2, 40, 8, 10, 16), (4, 5, 8, 10, 16), (16, 16, 16, 16, 16), (17, 37, 8, 10, 16),
          (33, 64, 8, 3, 16), (5, 7, 3, 4, 5), (20, 50, 12, 7, 20), (40, 9, 33, 3, 6), (19, 130, 4, 100, 8),
          (18, 33, 8, 1, 16), (3, 150, 8, 10, 16), (129, 3, 2, 2, 3)]
-
-
-# ---- Operators: these also run under the sanitizers -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("iterations", [3] if SANITIZED else [1, 2, 3, 4])
@@ -199,9 +194,6 @@ def test_operators_name_the_wrong_argument():
             call()
 
 
-# ---- The public functions and autograd ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_functions_name_the_wrong_argument(backend):
     u, w, _ = make(4, 6, 8, 3, 5, torch.float32)
@@ -299,9 +291,9 @@ def test_layer_learns_on_either_backend_alike():
 @pytest.mark.parametrize("model", [caps.AlexCapsNet, caps.ResCapsNet])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-2)])
 def test_fast_layers_equal_plain_ones(model, dtype, tolerance):
-    import bench
+    import bench_training
     results = []
-    for change in (lambda net: net, bench.plain_layers):
+    for change in (lambda net: net, bench_training.plain_layers):
         torch.manual_seed(1)
         net, images = change(model().to(dtype)), torch.rand(3, 1, 28, 28, dtype=dtype, requires_grad=True)
         output = net(images)
@@ -312,11 +304,11 @@ def test_fast_layers_equal_plain_ones(model, dtype, tolerance):
 
 
 def test_training_curve_of_the_fast_path_is_the_plain_one():
-    import bench
+    import bench_training
     data = caps.load_data("mnist5k", "")
     order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[:200 * 8].split(8)
     curves = []
-    for change, fused in ((lambda net: net, True), (bench.plain_layers, False)):
+    for change, fused in ((lambda net: net, True), (bench_training.plain_layers, False)):
         torch.manual_seed(0)
         net = change(caps.AlexCapsNet().double())
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=fused)
@@ -354,193 +346,9 @@ def test_lengths_have_a_finite_gradient_at_zero():
 
 
 def test_peak_memory():
-    import bench
-    memory = bench.peak_memory("native", "cpu", 128, 1296, backward=True)
+    import bench_operators
+    memory = bench_operators.peak_memory("native", "cpu", 128, 1296, backward=True)
     assert memory < 36 * 2 ** 20, f"{memory / 2 ** 20:.1f} MiB"
-
-
-# ---- Loading: with a kernel file cut short, so that a build takes a few seconds -----------------------------------------
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A folder with caps.py, csrc/ and an empty cache; run(code, **environment) runs code there."""
-    (tmp_path / "csrc").mkdir()
-    shutil.copy(ROOT / "caps.py", tmp_path)
-    (tmp_path / "csrc" / "extension.py").write_text((ROOT / "csrc" / "extension.py").read_text().replace('"-O3"', '"-O0"'))
-    for name in ("caps.h", "ops.cpp"):
-        shutil.copy(ROOT / "csrc" / name, tmp_path / "csrc")
-    (tmp_path / "csrc" / "cpu.cpp").write_text('#include "caps.h"\n')
-
-    def environment(**changes):
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("CAPS_") and k != "PYTHONPATH"}
-        return {**inherited, "CAPS_CACHE": str(tmp_path / "cache"), "TORCH_CUDA_ARCH_LIST": "", **changes}
-
-    def run(code, **changes):
-        return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(**changes),
-                              capture_output=True, text=True, timeout=120)
-
-    run.folder, run.environment = tmp_path, environment
-    return run
-
-
-WHICH = "import caps; print(*caps.backend())"
-WITHOUT_LOCK = """
-import os
-from torch.utils import cpp_extension
-load = cpp_extension.load
-def checked(*arguments, build_directory, **options):  # torch up to 2.13 would wait for ever
-    assert not os.path.exists(os.path.join(build_directory, "lock")), "a leftover lock"
-    return load(*arguments, build_directory=build_directory, **options)
-cpp_extension.load = checked
-"""
-
-
-def test_loading_builds_once_and_survives_leftovers(checkout):
-    first = checkout(WHICH)
-    assert first.stdout.startswith("native compiled to"), first.stdout + first.stderr
-    again = checkout(WHICH, PATH="/nonexistent")  # needs neither ninja nor a compiler now
-    assert again.stdout.startswith("native from"), again.stdout + again.stderr
-    library = next((checkout.folder / "cache").glob("*/caps_native.so"))
-    library.write_bytes(b"half a library")  # a build that was killed: no mark, torch's lock still there
-    (library.parent / "finished").unlink()
-    (library.parent / "lock").touch()
-    (library.parent / ".ninja_log").unlink(missing_ok=True)
-    killed = checkout(WITHOUT_LOCK + WHICH)
-    assert killed.stdout.startswith("native compiled to"), killed.stdout + killed.stderr
-    with open(checkout.folder / "csrc" / "cpu.cpp", "a") as source:
-        source.write("// changed\n")
-    changed = checkout(WHICH)
-    assert changed.stdout.startswith("native compiled to"), changed.stdout + changed.stderr
-    assert len(list((checkout.folder / "cache").glob("*/caps_native.so"))) == 2
-
-
-def test_loading_by_two_processes_at_once(checkout):
-    start = [subprocess.Popen([sys.executable, "-c", WHICH], cwd=checkout.folder, env=checkout.environment(),
-                              stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = sorted(process.communicate(timeout=120)[0].split()[1] for process in start)
-    assert said == ["compiled", "from"]
-
-
-def test_loading_after_a_killed_build(checkout):
-    process = subprocess.Popen([sys.executable, "-c", WHICH], cwd=checkout.folder, env=checkout.environment(),
-                               stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.time() + 60
-    while not list(checkout.folder.glob("cache/*/build.ninja")) and time.time() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    after = checkout(WHICH)
-    assert after.stdout.startswith("native compiled to"), after.stdout + after.stderr
-
-
-def test_loading_without_ninja_on_the_path(checkout):
-    folder = checkout.folder / "bin"
-    folder.mkdir()
-    for tool in ("c++", "g++", "as", "ld", "sh", "which"):
-        if shutil.which(tool):
-            (folder / tool).symlink_to(shutil.which(tool))
-    if not (Path(sys.executable).parent / "ninja").exists():
-        pytest.skip("no ninja beside the interpreter")
-    result = checkout(WHICH, PATH=str(folder))
-    assert result.stdout.startswith("native compiled to"), result.stdout + result.stderr
-
-
-SQUASH = "import torch, caps; s = torch.ones(2, 3); caps.squash(s); print(caps.squash(s).shape)"
-
-
-def test_loading_without_a_compiler(checkout):
-    result = checkout(SQUASH, CXX="no-such-compiler")
-    assert result.returncode == 0 and "[2, 3]" in result.stdout
-    assert result.stderr == ("caps: plain PyTorch backend, no C++ compiler: no-such-compiler is not on the PATH\n")
-    demanded = checkout(SQUASH, CXX="no-such-compiler", CAPS_BACKEND="native")
-    assert demanded.returncode != 0
-    assert "the native backend cannot be had: no C++ compiler: no-such-compiler is not on the PATH" in demanded.stderr
-    plain = checkout(SQUASH, CXX="no-such-compiler", CAPS_BACKEND="torch")
-    assert plain.returncode == 0 and plain.stderr == ""
-
-
-def test_loading_with_a_compiler_error(checkout):
-    (checkout.folder / "csrc" / "cpu.cpp").write_text("int x = nonsense;\n")
-    result = checkout(SQUASH)
-    assert result.returncode == 0 and "[2, 3]" in result.stdout
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and "plain PyTorch backend" in lines[0] and "nonsense" in lines[0], result.stderr
-
-
-def test_loading_says_nothing_on_import_and_one_line_on_use(checkout):
-    quiet = checkout("import caps; caps.CapsuleLayer(2, 3, 4, 5)")
-    assert quiet.returncode == 0 and quiet.stderr == ""
-    unwritable = checkout(SQUASH, CAPS_CACHE="/proc/nowhere")
-    assert unwritable.returncode == 0 and len(unwritable.stderr.splitlines()) == 1 and "/proc" in unwritable.stderr
-
-
-def test_loading_beside_foreign_operators(checkout):
-    foreign = "import torch; library = torch.library.Library('caps', 'DEF'); library.define('squash(Tensor s) -> Tensor');"
-    result = checkout(foreign + WHICH)
-    assert result.stdout.startswith("torch another library has already registered"), result.stdout + result.stderr
-
-
-def test_loading_a_library_built_ahead(checkout):
-    assert checkout(WHICH).stdout.startswith("native compiled")
-    library = next((checkout.folder / "cache").glob("*/caps_native.so"))
-    ahead = checkout.folder / "caps_native.so"
-    shutil.copy(library, ahead)
-    taken = checkout(WHICH)
-    assert taken.stdout.strip() == f"native from {ahead}", taken.stdout + taken.stderr
-    other = "import caps; caps.beside('csrc', 'extension').cpu = lambda: 'another'; print(*caps.backend())"
-    assert checkout(other).stdout.startswith("native compiled to")
-    shutil.move(checkout.folder / "csrc", checkout.folder / "caps_csrc")  # as pip installs it
-    assert checkout(WHICH).stdout.strip() == f"native from {ahead}"
-    shutil.move(checkout.folder / "caps_csrc", checkout.folder / "moved")
-    assert checkout(WHICH).stdout.startswith("torch there is no csrc/extension.py beside")
-    shutil.move(checkout.folder / "moved", checkout.folder / "csrc")
-    with open(checkout.folder / "csrc" / "cpu.cpp", "a") as source:
-        source.write("// changed\n")
-    assert checkout(WHICH).stdout.startswith("native compiled to")
-
-
-def fake_nvcc(folder, release):
-    folder.mkdir()
-    (folder / "nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
-    (folder / "nvcc").chmod(0o755)
-
-
-def test_cuda_is_left_out_where_it_cannot_be_compiled(checkout):
-    cuda = "import torch, sys; torch.version.cuda = {}; import caps; print(caps.beside('csrc', 'extension').cuda()[:2])"
-    assert "this torch has no CUDA" in checkout(cuda.format(None)).stdout
-    if not torch.cuda.is_available():
-        assert "no GPU is present" in checkout(cuda.format("'13.0'")).stdout
-    fake_nvcc(checkout.folder / "bin", "12.4")
-    path = f"{checkout.folder / 'bin'}:/bin:/usr/bin"
-    said = checkout(cuda.format("'13.0'"), PATH=path, TORCH_CUDA_ARCH_LIST="9.0").stdout
-    assert "nvcc is of CUDA 12, torch of CUDA 13.0" in said
-    assert "('9.0', '')" in checkout(cuda.format("'12.8'"), PATH=path, TORCH_CUDA_ARCH_LIST="9.0").stdout
-    assert "no nvcc" in checkout(cuda.format("'13.0'"), PATH="/nonexistent", TORCH_CUDA_ARCH_LIST="9.0").stdout
-
-
-def test_cuda_folder_is_that_of_nvcc(checkout):
-    if not shutil.which("nvcc"):
-        pytest.skip("no nvcc")
-    link = checkout.folder / "bin" / "nvcc"
-    link.parent.mkdir()
-    link.symlink_to(shutil.which("nvcc"))
-    code = "import torch; torch.version.cuda = '{}'; import caps; print(caps.beside('csrc', 'extension').cuda()[2])"
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout.split("release ")[1].split(",")[0]
-    said = checkout(code.format(version), PATH=f"{link.parent}:/bin:/usr/bin", TORCH_CUDA_ARCH_LIST="9.0").stdout.strip()
-    assert (Path(said) / "include" / "cuda_runtime.h").exists(), said
-
-
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.skipif(not (ROOT / "csrc" / "cuda.cu").exists(), reason="no CUDA source")
-def test_cuda_source_compiles_without_a_warning(tmp_path):
-    from torch.utils.cpp_extension import include_paths
-    includes = [part for path in include_paths() for part in ("-isystem", path)]
-    command = ["nvcc", "-c", str(ROOT / "csrc" / "cuda.cu"), "-o", str(tmp_path / "cuda.o"), "-std=c++20",
-               "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90", "--threads=2",
-               "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC", *includes, *caps.beside('csrc', 'extension').compile_arguments()["nvcc"]]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 @pytest.mark.sanitizer
@@ -552,6 +360,6 @@ def test_operators_under_sanitizers(tmp_path):
         pytest.skip("no sanitizer libraries")
     environment = {**os.environ, "CAPS_TEST_SANITIZED": "1", "CAPS_CACHE": str(tmp_path), "LD_PRELOAD": ":".join(libraries),
                    "ASAN_OPTIONS": "detect_leaks=0", "CXX": "g++"}
-    result = subprocess.run([sys.executable, "-m", "pytest", "-x", "-s", "-q", __file__, "-k", "test_operators and not name_the"],
+    result = subprocess.run([sys.executable, "-m", "pytest", "-x", "-s", "-q", __file__, "-k", "operators_ and not name_the"],
                             env=environment, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]

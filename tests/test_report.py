@@ -1,0 +1,206 @@
+"""Finished runs read as far as they go, the study's claims judged by them, and the page."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from common import command, no_download, refused
+from PIL import Image
+
+import caps
+from caps.extras import claims, probes, report, results
+
+
+def hand_made(folder, model="alexcaps", accuracies=(0.95, 0.97), losses=None, **changes):
+    """A run's folder with the two text files that training leaves there."""
+    folder.mkdir(parents=True)
+    losses = losses or [0.1 * 0.9 ** epoch for epoch in range(len(accuracies))]
+    rows = [dict(zip(caps.COLUMNS, (epoch, loss, accuracy, loss, accuracy, 1e-3, 100.0, 600.0, "mnist")))
+            for epoch, (loss, accuracy) in enumerate(zip(losses, accuracies), 1)]
+    caps.write_metrics(folder / "metrics.csv", rows)
+    recipe = vars(caps.parse(["train"]))
+    results.write_json(folder / "summary.json", {k: recipe[k] for k in caps.RECIPE} | {
+        "model": model, "dataset": "mnist", "train_images": 60_000, "epochs": len(rows), "parameters": 2_683_840,
+        "seconds_per_epoch": 100.0, "test_accuracy": accuracies[-1], "macro_auc": 0.999, "device": "cpu, 1 threads",
+        "confusion": (1000 * np.eye(10, dtype=int)).tolist(), "world_size": 1, "peak_memory_bytes": 2**30} | changes)
+    return folder
+
+
+def read_runs(*folders):
+    return [report.read_run(folder) for folder in folders]
+
+
+def res(accuracies=(0.95, 0.97), **changes):
+    return {"model": "rescaps", "parameters": 2_022_272, "accuracies": accuracies} | changes
+
+
+def alex(accuracies=(0.95, 0.97), **changes):
+    return {"accuracies": accuracies} | changes
+
+
+HOLDS, FAILS, UNKNOWN = "holds", "**does not hold**", "not measured"
+R2 = {"both": ((0.6, 0.1), (0.5, 0.2)), "short": ((0.6, 0.1), (0.4, 0.2)), "length": ((0.6, 0.1), (0.6, 0.7))}
+
+
+@pytest.mark.parametrize("claim, specs, verdict, words", [
+    ("AlexCapsNet: 98.06", [alex([0.9] * 9 + [0.9806] + [0.1] * 10)], HOLDS, ["98.06 % after 10 of 10"]),
+    ("AlexCapsNet: 98.06", [alex([0.99] * 9 + [0.9805] + [0.99] * 10)], FAILS, ["98.05 % after 10 of 10"]),
+    ("AlexCapsNet: 98.06", [alex([0.9, 0.98])], UNKNOWN, ["98.00 % after 2 of 10"]),
+    ("AlexCapsNet: 98.06", [alex([0.9, 0.981])], HOLDS, ["98.10 % after 2 of 10"]),
+    ("AlexCapsNet: 98.06", [alex([0.99] * 20, world_size=4)], UNKNOWN, ["no finished run", "1 process"]),
+    ("AlexCapsNet: 98.06", [alex([0.99] * 20, dataset="mnist5k", train_images=4000)], UNKNOWN, ["no finished run"]),
+    ("AlexCapsNet: 98.06", [alex([0.99] * 20, holdout=5000, train_images=55_000)], UNKNOWN, ["no finished run"]),
+    ("AlexCapsNet: 96.28", [alex([0.9] * 19 + [0.9628], world_size=4)], HOLDS, ["96.28 % after 20 of 20"]),
+    ("AlexCapsNet: 96.28", [alex([0.99] * 19 + [0.9627], world_size=4)], FAILS, ["96.27"]),
+    ("AlexCapsNet: 96.28", [alex([0.99] * 20)], UNKNOWN, ["several processes"]),
+    ("ResCapsNet: 98.70", [res([0.9] * 19 + [0.987])], HOLDS, ["98.70"]),
+    ("ResCapsNet: 98.70", [res([0.99] * 19 + [0.9869])], FAILS, ["98.69"]),
+    ("ResCapsNet: 98.70", [res([0.9, 0.9865])], UNKNOWN, ["after 2 of 20"]),
+    ("ResCapsNet: 97.86", [res([0.9] * 9 + [0.9786], world_size=2)], HOLDS, ["97.86"]),
+    ("ResCapsNet: 97.86", [res([0.99] * 9 + [0.9785], world_size=2)], FAILS, ["97.85"]),
+    ("ResCapsNet: 97.86", [res([0.9, 0.9], world_size=2)], UNKNOWN, ["after 2 of 10"]),
+    ("ResCapsNet ends", [alex([0.9, 0.97]), res([0.9, 0.98])], HOLDS, ["98.00", "97.00", "0.22 points"]),
+    ("ResCapsNet ends", [alex([0.9, 0.98]), res([0.9, 0.97])], FAILS, []),
+    ("ResCapsNet ends", [alex([0.9, 0.97]), res([0.9, 0.974])], UNKNOWN, ["0.23 points"]),
+    ("ResCapsNet ends", [alex([0.97]), res([0.9, 0.98])], UNKNOWN, []),
+    ("ResCapsNet ends", [alex([0.9, 0.98]), res([0.97])], UNKNOWN, []),
+    ("ResCapsNet ends", [alex([0.9, 0.97]), res([0.98])], HOLDS, []),
+    ("ResCapsNet ends", [alex([0.98]), res([0.9, 0.97])], FAILS, []),
+    ("ResCapsNet ends", [alex()], UNKNOWN, ["ResCapsNet"]),
+    ("AlexCapsNet reaches", [alex([0.9, 0.9, 0.9]), res([0.8, 0.89, 0.9])], HOLDS, ["epoch 1 against epoch 3"]),
+    ("AlexCapsNet reaches", [alex([0.9, 0.9]), res([0.8, 0.9])], FAILS, ["epoch 1 against epoch 2"]),
+    ("AlexCapsNet reaches", [alex([0.9, 0.9]), res([0.8, 0.8])], HOLDS, ["not within 2 epochs"]),
+    ("AlexCapsNet reaches", [alex([0.9, 0.9]), res([0.8])], UNKNOWN, ["not within 1 epochs"]),
+    ("AlexCapsNet reaches", [alex([0.8, 0.8]), res([0.8, 0.9])], FAILS, []),
+    ("ROC", [alex(macro_auc=0.99), res(macro_auc=0.995)], HOLDS, ["AlexCapsNet 0.99000, ResCapsNet 0.99500"]),
+    ("ROC", [alex(macro_auc=0.999), res(macro_auc=0.9899)], FAILS, []),
+    ("ROC", [alex(macro_auc=0.999)], UNKNOWN, []),
+    ("AlexCapsNet has", [alex(), res()], FAILS, ["2.68 million", "2.02 million"]),
+    ("AlexCapsNet has", [alex(parameters=30_000_000), res()], HOLDS, ["30.00 million"]),
+    ("AlexCapsNet has", [alex(parameters=30_000_000)], UNKNOWN, []),
+    ("AlexCapsNet has", [alex(parameters=30_000_000), res(parameters=10_000_000)], FAILS, []),
+    ("An AlexCapsNet epoch", [alex(seconds_per_epoch=150.0), res()], HOLDS, ["1.50 times", "0.049 times the multiply-adds"]),
+    ("An AlexCapsNet epoch", [alex(seconds_per_epoch=149.0), res()], FAILS, ["1.49 times"]),
+    ("An AlexCapsNet epoch", [alex(seconds_per_epoch=150.0), res(device="cpu, 2 threads")], UNKNOWN, ["not the same"]),
+    ("Several", [alex(), alex(seconds_per_epoch=50.0, world_size=4)], HOLDS, ["2.00 times"]),
+    ("Several", [alex(), alex(seconds_per_epoch=80.0, world_size=4)], FAILS, ["1.25 times"]),
+    ("Several", [alex(), alex(seconds_per_epoch=50.0, world_size=4, amp="bf16")], UNKNOWN, ["not the same device and amp"]),
+    ("Several", [alex()], UNKNOWN, []),
+    ("The loss", [alex([0.9] * 3, losses=[3.0, 2.0, 1.0])], HOLDS, ["fell in 2 of 2"]),
+    ("The loss", [alex([0.9] * 3, losses=[1.0, 2.0, 1.0])], FAILS, ["fell in 1 of 2", "100.0 %"]),
+    ("The loss", [alex([0.9] * 12, losses=[1 - i / 20 for i in range(11)] + [0.6])], FAILS, ["fell in 10 of 11", "20.0 %"]),
+    ("The loss", [alex([0.9])], UNKNOWN, []),
+    ("The loss", [alex(dataset="mnist5k")], UNKNOWN, []),
+    ("No instability", [alex([0.95, 0.935, 0.95])], HOLDS, ["1.50 points"]),
+    ("No instability", [alex([0.95, 0.929, 0.95])], FAILS, ["2.10 points"]),
+    ("No instability", [alex(losses=[0.1, float("nan")])], FAILS, ["not finite"]),
+    ("No instability", [alex(iterations=1)], UNKNOWN, []),
+    ("Capsules", [alex(), res(), R2["both"]], HOLDS, ["0.60", "0.50"]),
+    ("Capsules", [alex(), res(), R2["short"]], FAILS, ["0.40"]),
+    ("Capsules", [alex(), res(), R2["length"]], FAILS, ["0.70"]),
+    ("Capsules", [alex(), R2["both"]], UNKNOWN, ["no ResCapsNet"]),
+    ("Capsules", [alex(), R2["short"][::-1]], FAILS, ["no ResCapsNet"]),
+    ("Capsules", [alex(), res()], UNKNOWN, []),
+])
+def test_claims(tmp_path, claim, specs, verdict, words):
+    r2 = [spec for spec in specs if isinstance(spec, tuple)]
+    runs = read_runs(*(hand_made(tmp_path / str(i), **spec) for i, spec in enumerate(specs) if isinstance(spec, dict)))
+    fits = {run.title: {kind: (np.full(10, x), np.zeros(10)) for kind, x in zip("clp", (*pair, 0.9))}
+            for run, pair in zip(runs, r2[0] if r2 else ())}
+    row, = [row for row in report.claims(runs, fits) if row["the study"].startswith(claim)]
+    assert row["verdict"] == verdict and all(word in row["measured here"] for word in words), row
+
+
+def test_the_run_that_judges_is_not_chosen_by_its_accuracy(tmp_path):
+    better = hand_made(tmp_path / "a", accuracies=[0.99] * 10, ema=0.999)
+    plain = hand_made(tmp_path / "b", accuracies=[0.97] * 10)
+    short = hand_made(tmp_path / "c", accuracies=[0.995] * 4)
+    assert claims.reference(read_runs(better, plain, short), "alexcaps", False).folder == plain
+    assert claims.reference(read_runs(better, short), "alexcaps", False).folder == better
+
+
+def test_results_row_by_hand(tmp_path):
+    run, = read_runs(hand_made(tmp_path / "run", accuracies=[0.95, 0.9712], lr=0.002, world_size=4))
+    row = report.results_row(run)
+    assert list(row.values())[:-1] == [
+        "AlexCapsNet, 4 processes", "lr 0.002", "97.12 %", 2, "2,683,840", "10,588,416", "100", "600",
+        "1,024 MiB", "0.99900", 4, "cpu, 1 threads"]
+    table = report.markdown([{"a": 1, "b": None}, {"a": 2, "b": "x"}])
+    assert table == "| a | b |\n| --- | --- |\n| 1 | – |\n| 2 | x |"
+
+
+def test_damaged_run_folders_are_read_as_far_as_they_go(trained, tmp_path):
+    def damaged(name, **files):
+        shutil.copytree(trained, tmp_path / name)
+        for file, content in files.items():
+            path = next((tmp_path / name).glob(f"{file}.*"))
+            path.unlink() if content is None else path.write_text(content)
+        return read_runs(tmp_path / name)[0]
+
+    whole, = read_runs(trained)
+    assert whole.missing == [] and whole.model and len(whole.rows) == 2 and whole.title == "AlexCapsNet, 1 process, mnist5k"
+    run = damaged("unfinished", summary=None)
+    assert run.missing == ["summary.json is not there"] and "unfinished" in run.title
+    assert run.facts["test_accuracy"] == whole.facts["test_accuracy"] and run.rows == whole.rows
+    assert report.results_row(run)["processes"] is None
+    assert report.test_again(run, "nowhere", torch.device("cpu"))[3]["test_accuracy"] == whole.facts["test_accuracy"]
+    assert len(run.missing) == 1
+    run.facts["test_accuracy"] -= 0.1
+    report.test_again(run, "nowhere", torch.device("cpu"))
+    assert "not the run's" in run.missing[1]
+    run = damaged("no rows", metrics="epoch,train_loss\n1,x\n")
+    assert run.rows == whole.rows and "metrics.csv is damaged" in run.missing[0]  # last.pt has them too
+    run = damaged("no model", last="not a checkpoint")
+    assert run.model is None and "last.pt is damaged" in run.missing[0] and run.facts == whole.facts
+    for number, change in enumerate(({"test_accuracy": "high"}, {"model": "lenet"}, {"confusion": [[1], [1, 2]]}, {"lr": None})):
+        facts = {k: v for k, v in (whole.facts | change).items() if v is not None}
+        run = damaged(f"summary {number}", summary=json.dumps(facts))
+        assert "summary.json is damaged" in run.missing[0] and "world_size" not in run.facts
+    assert damaged("header", metrics=",".join(caps.COLUMNS)).rows == whole.rows
+    assert "damaged" in damaged("half", summary='{"model": "alex').missing[0]
+    header = (trained / "metrics.csv").read_text().splitlines()[:2]
+    assert "2 epochs, metrics.csv of 1" in damaged("short", metrics="\n".join(header)).missing[0]
+    run = damaged("empty", last=None, summary=None, metrics=None)
+    assert run.facts == {} and len(run.missing) == 3
+
+
+def test_report(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, tmp_path / "runs" / "whole")
+    hand_made(tmp_path / "runs" / "text", "rescaps", [0.9, 0.9812])
+    (tmp_path / "runs" / "damaged").mkdir()
+    (tmp_path / "runs" / "damaged" / "last.pt").write_text("no checkpoint")
+    shown = {"orientation": [], "class_scores": []}
+    # All images are rotated for the fit, and none is evaluated twice.
+    for module, name in (report, "orientation"), (report, "class_scores"), (probes, "class_scores"):
+        monkeypatch.setattr(module, name, lambda model, x, *more, f=getattr(module, name), n=shown[name]: n.append(
+            len(x)) or f(model, x, *more))
+    assert caps.main(["report", "--images", "60"]) == 0
+    assert shown["orientation"] == [1000] and shown["class_scores"] == [1000] + 17 * [59]
+    said = capsys.readouterr().err
+    page = (tmp_path / "report/report.md").read_text()
+    accuracy = json.loads((trained / "summary.json").read_text())["test_accuracy"]
+    assert f"| {100 * accuracy:.2f} % |" in page and "| 98.12 % |" in page and "16 numbers of the winning capsule" in page
+    for line in ("`runs/damaged`: last.pt is damaged", "`runs/text`: last.pt is not there"):
+        assert line in page and line.replace("`", "") in said
+    assert page.count("\n![") == 7 and "Not drawn" not in page
+    for name in ("curves", "confusion", "roc", "orientation", "robustness", "diagram-alexcaps", "diagram-rescaps"):
+        with Image.open(tmp_path / f"report/{name}.png") as picture:
+            assert picture.width > 400
+    assert sum(path.stat().st_size for path in (tmp_path / "report").iterdir()) < 2**20
+    assert caps.main(["report", "runs/text"]) == 0
+    assert not (tmp_path / "report/roc.png").exists()  # no picture stays that is not of these runs
+    assert (tmp_path / "report/report.md").read_text().count("Not drawn") == 3
+    refused(command("report", "runs/damaged", "nowhere", cwd=tmp_path), "runs/damaged", "last.pt", "nowhere")
+
+
+def test_data_that_are_gone_are_named(trained, tmp_path, monkeypatch, capsys):
+    no_download(monkeypatch)
+    shutil.copytree(trained, tmp_path / "run")
+    checkpoint = torch.load(trained / "last.pt", weights_only=True)
+    checkpoint["config"]["dataset"] = "mnist"
+    torch.save(checkpoint, tmp_path / "run/last.pt")
+    results.write_json(tmp_path / "run/summary.json", json.loads((trained / "summary.json").read_text()) | {"dataset": "mnist"})
+    assert caps.main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "r"), "--data-dir", str(tmp_path)]) == 0
+    assert "without ROC" in capsys.readouterr().err and "curves.png" in (tmp_path / "r/report.md").read_text()
