@@ -48,7 +48,8 @@ from torch.optim.swa_utils import AveragedModel
 
 __version__ = "1.0.0"
 # With a __path__ this file is a package too, of csrc/ and extras/: beside it, or where pip puts them, in caps_parts/.
-__path__ = [str(pathlib.Path(__file__).parent / "caps_parts"), str(pathlib.Path(__file__).parent)]
+_HERE = pathlib.Path(__file__).resolve().parent
+__path__ = [str(_HERE / "caps_parts" if (_HERE / "caps_parts").is_dir() else _HERE)]
 CLASSES = 10
 
 
@@ -203,6 +204,7 @@ def _native(backend, device):
 _native._dynamo_marked_constant = True
 
 
+@functools.cache
 def _available(device):
     """(whether there are native operators for tensors on `device`, where from or why not)."""
     try:  # relative to this module, so that it works in a package of another name as well
@@ -612,7 +614,6 @@ def update_weights(run, index, motion, group_size):
 
 
 def check_finite(run, loss):
-    """A UserError where a loss has left the finite numbers: all that follows would be NaN."""
     if not np.isfinite(loss):
         raise UserError(f"the loss is no longer finite in epoch {run.epoch + 1}, by step {run.steps}; the last good "
                         f"checkpoint is {run.folder / 'last.pt'}; try a smaller --lr, or --amp off")
@@ -736,7 +737,7 @@ def start_run(args, world, fast=None):
               optimizer=torch.optim.Adam(model.parameters(), lr=args.lr, fused=True),
               scaler=torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16"),
               average=moving_average(model, lambda: run.steps, args.ema) if args.ema else None,
-              graph=fast.StepGraph(args.batch_size * args.accumulate, world.device) if args.graph else None,
+              graph=fast.StepGraph(args.batch_size * args.accumulate, world.device) if fast and args.graph else None,
               totals=torch.zeros(2, dtype=torch.float64, device=world.device))
     if checkpoint:
         restore(run, checkpoint)
@@ -831,7 +832,6 @@ def settle_resume(args):
 
 
 def lacks_gpu(args):
-    """Whether the CPU will be used, by choice or for want of a GPU."""
     return args.device == "cpu" or not torch.cuda.is_available()
 
 
@@ -900,7 +900,7 @@ def read_checkpoint(path):
             warnings.simplefilter("ignore")  # a foreign pickle is reported below, in one line
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = checkpoint["config"]
-        if not ({*PARTS, *STATE, "job", "totals", "rng"} <= checkpoint.keys() and {"epochs", *RECIPE} <= config.keys()):
+        if not {*PARTS, *STATE} <= checkpoint.keys() or not {"epochs", *RECIPE} <= config.keys():
             raise ValueError("it holds something else")
         if config["model"] not in MODELS:
             raise ValueError(f"of an unknown model, {config['model']}")
@@ -1018,8 +1018,7 @@ def number(kind, low, high=float("inf"), open_low=False):
 
 
 MODES = {
-    "train": "train a model and evaluate it after every epoch (the default mode); with several processes --accumulate, "
-             "--amp, --lr-scale and --warmup have other defaults",
+    "train": "train a model, evaluated after every epoch (the default mode); several processes have other defaults",
     "eval": "evaluate a checkpoint on a test set",
     "predict": "classify image files with a checkpoint",
     "export": "write a checkpoint as an ONNX file, checked against onnxruntime",
@@ -1040,10 +1039,12 @@ SHARED_OPTIONS = {
 
 def extra(name):
     """The module extras/NAME.py. One of a mode has run(args), and options(add): add(option, **as add_argument's)."""
+    sys.modules.setdefault("caps", sys.modules[__name__])  # extras/ import this very module, not a second one
     try:
         return importlib.import_module(f"caps.extras.{name}")
     except ImportError as error:
-        raise UserError(f"extras/{name}.py cannot be imported ({error}); it belongs beside {__file__}") from error
+        needed = f"extras/{name}.py beside {__file__}" if "caps" in str(error.name) else f"the package {error.name}"
+        raise UserError(f"this mode needs {needed}, which cannot be imported ({error})") from error
 
 
 def eval_options(add):
@@ -1071,7 +1072,7 @@ def train_options(add):
     add("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY", help="use the weights' moving average")
     add("--lr-scale", choices=["none", "sqrt", "linear"], default="sqrt" if several else "none",
         help="scale --lr with the images a step over 32")
-    add("--warmup", type=number(float, 0), default=float(several), metavar="EPOCHS", help="of a linearly rising rate")
+    add("--warmup", type=number(float, 0), default=float(several), metavar="EPOCHS", help="epochs in which the rate rises")
     add("--graph", action="store_true", help="CUDA, one process: the step as one CUDA graph; not yet run on a GPU")
     add("--check", action="store_true", help="check options and data, build the native library, and stop")
     add("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order and augmentation")
@@ -1145,5 +1146,5 @@ def program():
 
 
 if __name__ == "__main__":
-    sys.modules["caps"] = sys.modules[__name__]  # extras/ import this very module, not a second one from the file
+    vars(sys.modules[__name__]).update(globals())  # under cProfile (Python < 3.12) __main__ is another module
     program()

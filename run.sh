@@ -23,6 +23,9 @@ setup() {
         fail "$python is not Python 3.10 or later; name one: PYTHON=python3.12 ./run.sh ..."
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "cannot make $venv (on Debian: apt install python3-venv)"
     echo "run.sh: installing into $venv" >&2
+    # Under its earlier name this project is another distribution, which would keep a claim on caps.py.
+    ! "$venv/bin/python" -m pip show caps 2>/dev/null | grep -qxF "Editable project location: $here" ||
+        "$venv/bin/python" -m pip uninstall --quiet --yes caps
     # The library is built at first use: a build here would need torch before its own installation.
     CAPS_BUILD=0 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$here[test]" ||
         fail "pip could not install the packages that setup.py lists"

@@ -56,3 +56,44 @@ def test_the_installed_program_is_the_same(installed, tmp_path):
     module, function = points["console_scripts"]["caps"].split(":")
     assert "2,022,272" in run("-c", f"import sys, {module}; sys.argv[1:] = ['summary', '--model', 'rescaps']; "
                                     f"{module}.{function}()")
+
+
+def test_foreign_packages_of_the_same_names_are_left_alone(installed, tmp_path):
+    """On the package index `extras` is another project; both may lie in one site-packages."""
+    site = shutil.copytree(installed, tmp_path / "site")
+    for name in ("extras", "csrc"):
+        (site / name).mkdir()
+        (site / name / "__init__.py").write_text("raise ImportError('this is somebody else')\n")
+    code = ("import sys, caps; from caps.csrc import extension; print(extension.__file__); "
+            "sys.exit(caps.main(['summary']))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(site), "CAPS_BACKEND": "torch"})
+    assert done.returncode == 0 and "2,683,840" in done.stdout, done.stderr
+    assert done.stdout.startswith(str(site / "caps_parts" / "csrc"))
+
+
+@pytest.mark.parametrize("start", ["link", "other name", "profiler"])
+def test_other_ways_to_start_the_program(start, tmp_path):
+    """Through a symbolic link, as a module of another name, and under cProfile: a mode runs, its mistake is one line."""
+    program = tmp_path / "program.py"
+    if start == "other name":
+        program.write_text(
+            "import importlib.util, sys\n"
+            f"spec = importlib.util.spec_from_file_location('mine', {str(ROOT / 'caps.py')!r})\n"
+            "mine = sys.modules['mine'] = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(mine)\n"
+            "sys.exit(mine.main())\n")
+    else:
+        program.symlink_to(ROOT / "caps.py")
+    words = [sys.executable, *(["-m", "cProfile", "-o", "profile"] if start == "profiler" else []), str(program)]
+    run = lambda *more: subprocess.run([*words, *more], cwd=tmp_path, capture_output=True, text=True)
+    assert "2,683,840" in run("summary").stdout
+    assert run("report", "nowhere").stderr == "caps: nowhere: last.pt is not there\n"
+
+
+def test_a_missing_package_is_named(tmp_path):
+    code = "import sys; sys.modules['matplotlib'] = None; import caps; sys.exit(caps.main(['diagram']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and done.stderr.startswith("caps: this mode needs the package matplotlib")
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
