@@ -9,6 +9,7 @@ import zipfile
 import pytest
 from common import ROOT
 
+import caps
 from caps.csrc import extension
 
 PROJECT = ("caps.py", "setup.py", "README.md", "LICENSE", "csrc", "extras")
@@ -41,16 +42,17 @@ def test_every_source_is_installed(installed):
 
 def test_the_installed_program_is_the_same(installed, tmp_path):
     def run(*words):
-        environment = os.environ | {"PYTHONPATH": str(installed), "CAPS_BACKEND": "torch", "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        environment = os.environ | {"PYTHONPATH": str(installed), "CAPS_BACKEND": "torch"}
+        done = subprocess.run([sys.executable, "-B", *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     where = run("-c", "import caps; from caps.csrc import extension; print(caps.__file__, extension.source_hash())")
     assert where.split() == [str(installed / "caps.py"), extension.source_hash()]
     assert "2,683,840" in run("-m", "caps", "summary")
-    for mode in ("train", "eval", "predict", "export", "summary", "diagram", "report"):
-        assert run("-m", "caps", mode, "--help").startswith("usage:")
+    code = ("import contextlib, caps\nfor mode in caps.MODES:\n    with contextlib.suppress(SystemExit):\n"
+            "        caps.main([mode, '--help'])")
+    assert [line.split()[2] for line in run("-c", code).splitlines() if line.startswith("usage:")] == list(caps.MODES)
     points = configparser.ConfigParser()
     points.read(next(installed.glob("*.dist-info")) / "entry_points.txt")
     module, function = points["console_scripts"]["caps"].split(":")
