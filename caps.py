@@ -415,10 +415,7 @@ def read_split(images_path, labels_path):
 def load_idx(name, data_dir):
     """A data set in torchvision's layout in `data_dir`, downloaded where files are missing, else FileNotFoundError."""
     folder = pathlib.Path(data_dir, DATASETS[name], "raw")
-
-    def find(stem):
-        return next((f for f in (folder / stem, folder / f"{stem}.gz") if f.exists()), None)
-
+    find = lambda stem: next((f for f in (folder / stem, folder / f"{stem}.gz") if f.exists()), None)  # raw or gzipped
     missing = [stem for stem in IDX_FILES if find(stem) is None]
     if missing:
         try:
@@ -619,19 +616,23 @@ def check_finite(run, loss):
                         f"checkpoint is {run.folder / 'last.pt'}; try a smaller --lr, or --amp off")
 
 
+def progress(title, parts=None, hidden=False, **options):
+    """tqdm's bar over `parts`, or one to be moved by hand; none where stderr is not a terminal."""
+    from tqdm import tqdm
+    return tqdm(parts, title, leave=False, disable=hidden or None, **options)  # None: tqdm asks for the terminal
+
+
 def train_epoch(run):
     """Train on every image once, from `run.position` on; the last are left out where the processes cannot share them
     evenly. (mean loss, accuracy, images per second), or None where a signal stopped it, after saving."""
-    from tqdm import tqdm
     args, world, total = run.args, run.world, len(run.data.train_images)
     count = total - (total - run.position) % world.size  # the position may be that of another number of processes
     order, motion = (t.to(world.device) for t in epoch_plan(total, args.seed, run.epoch, args.rotate, args.shift))
     seen = torch.zeros(1, dtype=torch.float64, pin_memory=world.device.type == "cuda")
     begun = time.perf_counter() - run.seconds
     run.model.train()
-    hidden = True if world.rank else None  # tqdm: None hides it where stderr is no terminal
-    with tqdm(desc=f"epoch {run.epoch + 1}/{args.epochs}", total=count, initial=run.position, unit=" images",
-              leave=False, disable=hidden) as bar:
+    with progress(f"epoch {run.epoch + 1}/{args.epochs}", hidden=world.rank > 0, total=count, initial=run.position,
+                  unit=" images") as bar:
         while run.position < count:
             end = min(run.position + args.batch_size * args.accumulate * world.size, count)
             for group in run.optimizer.param_groups:
@@ -987,8 +988,7 @@ def evaluate(args, write):
     scores = class_scores(load_model(checkpoint, world.device), data.test_images, world, args.amp)
     if world.rank == 0:
         facts = checkpoint["config"] | {"checkpoint": args.checkpoint, "amp": args.amp}
-        result = measure(scores, data.test_labels)
-        write(folder, data.note or data.name, facts, scores, result, data, world)
+        write(folder, data.note or data.name, facts, scores, measure(scores, data.test_labels), data, world)
     return 0
 
 
@@ -1072,7 +1072,7 @@ def train_options(add):
     add("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY", help="use the weights' moving average")
     add("--lr-scale", choices=["none", "sqrt", "linear"], default="sqrt" if several else "none",
         help="scale --lr with the images a step over 32")
-    add("--warmup", type=number(float, 0), default=float(several), metavar="EPOCHS", help="epochs in which the rate rises")
+    add("--warmup", type=number(float, 0), default=float(several), metavar="EPOCHS", help="in which the rate rises")
     add("--graph", action="store_true", help="CUDA, one process: the step as one CUDA graph; not yet run on a GPU")
     add("--check", action="store_true", help="check options and data, build the native library, and stop")
     add("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order and augmentation")

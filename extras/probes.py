@@ -2,9 +2,8 @@
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from caps import CLASSES, EVALUATION_BATCH, World, autocast, class_scores, lengths, move, to_float
+from caps import CLASSES, EVALUATION_BATCH, World, autocast, class_scores, lengths, move, progress, to_float
 from caps.extras.figures import new_figure
 
 DISTORTIONS = {"rotation (degrees)": range(0, 61, 10), "shift (pixels)": range(7),
@@ -29,7 +28,7 @@ def orientation(model, images, labels, amp):
     angles = 60 * torch.rand(len(images), generator=torch.Generator().manual_seed(0)) - 30
     angles, parts = angles.to(images.device), []
     model.eval()
-    for batch in tqdm(torch.arange(len(images)).split(EVALUATION_BATCH), "orientation", leave=False, disable=None):
+    for batch in progress("orientation", torch.arange(len(images)).split(EVALUATION_BATCH)):
         angle, label = angles[batch], labels[batch]
         with autocast(images.device, amp):
             primary = model.primary(model.backbone(to_float(distort(images[batch], "rotation", angle))))
@@ -74,8 +73,7 @@ def robustness(model, images, scores, labels, amp):
     [n, J] are those at level 0, of the images as they are."""
     side = 1 - 2 * (torch.arange(len(images), device=images.device) % 2)
     found = {kind: [scores] for kind in DISTORTIONS}
-    levels = [(kind, n) for kind in DISTORTIONS for n in DISTORTIONS[kind][1:]]
-    for kind, level in tqdm(levels, "robustness", leave=False, disable=None):
+    for kind, level in progress("robustness", [(kind, n) for kind in DISTORTIONS for n in DISTORTIONS[kind][1:]]):
         distorted = distort(images, kind, level if kind.startswith("noise") else level * side)
         found[kind].append(class_scores(model, distorted, World(0, 1, images.device), amp))
     return {kind: [(s.argmax(1) == labels).double().mean().item() for s in found[kind]] for kind in found}

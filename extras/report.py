@@ -11,10 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from caps import (CLASSES, COLUMNS, EVALUATION_BATCH, MODELS, RECIPE, UserError, World, class_scores, load_data,
-                  load_model, measure, number, parse, read_checkpoint, start_world, write_atomically)
+                  load_model, measure, number, parse, progress, read_checkpoint, start_world, write_atomically)
 from caps.extras.claims import claims, nearness
 from caps.extras.diagram import plot_diagram
 from caps.extras.figures import plot_confusion, plot_curves, plot_roc
@@ -115,8 +114,7 @@ def test_again(run, data_dir, device):
     data = load_data(run.facts["dataset"], data_dir, run.facts["holdout"]).to(device)
     run.model.to(device)
     scores = torch.cat([class_scores(run.model, part, World(0, 1, device), run.facts["amp"])
-                        for part in tqdm(data.test_images.split(5 * EVALUATION_BATCH), run.title, leave=False,
-                                         disable=None)])  # None: no bar where stderr is not a terminal
+                        for part in progress(run.title, data.test_images.split(5 * EVALUATION_BATCH))])
     result = measure(scores, data.test_labels)
     if abs(result["test_accuracy"] - run.facts.get("test_accuracy", result["test_accuracy"])) > 0.002:
         run.missing.append(f"last.pt has a test accuracy of {100 * result['test_accuracy']:.2f} %, not the run's")
