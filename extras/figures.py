@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from caps import CLASSES
+from caps import CLASSES, write_atomically
 
 
 def new_figure(width, height, columns=1, rows=1):
@@ -30,7 +30,7 @@ def plot_curves(runs, path):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(fontsize=8)
-    figure.savefig(path)
+    write_atomically(path, figure.savefig)
 
 
 def plot_confusion(results, path):
@@ -50,7 +50,7 @@ def plot_confusion(results, path):
                           color="white" if share[row, column] > 0.5 else "black")
         axis.set(xlabel="predicted class", ylabel="true class", xticks=range(CLASSES), yticks=range(CLASSES),
                  title=f"{title}\n{100 * result['test_accuracy']:.2f} % of {counts.sum():,}")
-    figure.savefig(path)
+    write_atomically(path, figure.savefig)
 
 
 def plot_roc(results, path):
@@ -69,7 +69,7 @@ def plot_roc(results, path):
         whole.set_title(f"{title}\neach class against the rest")
         corner.set(xlim=(-0.001, 0.05), ylim=(0.9, 1.003), title="the upper left corner")
         whole.legend(fontsize=8, loc="lower right")
-    figure.savefig(path)
+    write_atomically(path, figure.savefig)
 
 
 def plot_misclassified(images, scores, labels, title, path, most=40):
@@ -86,4 +86,4 @@ def plot_misclassified(images, scores, labels, title, path, most=40):
         axis.imshow(images[i].cpu(), cmap="gray")
         axis.set_title(f"{labels[i]} as {predicted[i]}\n{right[i]:.2f} < {scores[i].max():.2f}", fontsize=8)
     figure.suptitle(f"{title}: {len(wrong)} of {len(labels)} wrong, the worst first", fontsize=10)
-    figure.savefig(path)
+    write_atomically(path, figure.savefig)

@@ -4,6 +4,7 @@
 """
 
 import glob
+import os
 import pathlib
 import sys
 
@@ -11,27 +12,30 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from caps import CLASSES, UserError, _routing, lengths, load_model, read_checkpoint, start_world, write_atomically
+from caps import (CLASSES, UserError, _routing, check_writable, extra, lengths, load_model, read_checkpoint,
+                  write_atomically)
+from caps.extras.machine import choose_device
 
 
 def options(add):
     add("--checkpoint")
     add("--device")
-    add("images", nargs="+", metavar="IMAGE", help="image files, folders or glob patterns")
+    add("images", nargs="+", metavar="IMAGE", type=os.path.expanduser, help="image files, folders or glob patterns")
     add("--invert", action="store_true", help="the digits are dark on white")
-    add("--explain", nargs="?", const=".", metavar="DIR",
+    add("--explain", nargs="?", const=".", metavar="DIR", type=os.path.expanduser,
         help="also draw each image's routing, as NAME-routing.png in DIR (here)")
 
 
 def run(args):
     """Class and best three capsule lengths of image files; status 1 if one could not be read."""
-    device = start_world(args.device).device
+    device = choose_device(args.device)
     model = load_model(read_checkpoint(args.checkpoint), device).eval()
     files = image_files(args.images)
     if not files:
         raise UserError(f"{' '.join(args.images)}: no files there; name images, a folder or a glob")
     if args.explain:
-        pathlib.Path(args.explain).mkdir(parents=True, exist_ok=True)
+        extra("figures")
+        check_writable(args.explain, "--explain")
     status = 0
     for path in files:
         try:

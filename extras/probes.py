@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from caps import CLASSES, EVALUATION_BATCH, World, autocast, class_scores, lengths, move, progress, to_float
+from caps import (CLASSES, EVALUATION_BATCH, World, autocast, class_scores, lengths, move, progress, to_float,
+                  write_atomically)
 from caps.extras.figures import new_figure
 
 DISTORTIONS = {"rotation (degrees)": range(0, 61, 10), "shift (pixels)": range(7),
@@ -65,7 +66,7 @@ def plot_orientation(results, path, digit=2, most=3):
             axis.scatter(x, values[:, d], s=9, color=f"C{row}")
             axis.set(xlabel="rotation (degrees)", ylabel=f"capsule dimension {d}")
             axis.set_title(f"{title}, digit {digit}: r = {r[d]:.2f}", fontsize=9)
-    figure.savefig(path)
+    write_atomically(path, figure.savefig)
 
 
 def robustness(model, images, scores, labels, amp):
@@ -87,4 +88,4 @@ def plot_robustness(results, path):
             axis.plot(levels, 100 * np.array(found[kind]), marker=".", label=title)
         axis.set(xlabel=kind, ylabel="accuracy (%)", ylim=(0, 102))
         axis.legend(fontsize=8, loc="lower left")
-    figure.savefig(path)
+    write_atomically(path, figure.savefig)

@@ -5,6 +5,7 @@
 
 import csv
 import json
+import os
 import pathlib
 import sys
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from caps import (CLASSES, COLUMNS, EVALUATION_BATCH, MODELS, RECIPE, UserError, World, class_scores, load_data,
-                  load_model, measure, number, parse, progress, read_checkpoint, start_world, write_atomically)
+from caps import (CLASSES, COLUMNS, EVALUATION_BATCH, MODELS, RECIPE, UserError, World, check_writable, class_scores,
+                  load_data, load_model, measure, number, parse, progress, read_checkpoint, write_atomically)
 from caps.extras.claims import claims, nearness
 from caps.extras.diagram import plot_diagram
 from caps.extras.figures import plot_confusion, plot_curves, plot_roc
+from caps.extras.machine import choose_device
 from caps.extras.probes import orientation, plot_orientation, plot_robustness, robustness
 from caps.extras.summary import layer_table, totals
 
@@ -28,14 +30,14 @@ FACTS = {"train_images": int, "epochs": int, "seconds_per_epoch": float, "parame
 def options(add):
     add("--data-dir")
     add("--device")
-    add("runs", nargs="*", metavar="RUN_DIR", help="folders of runs; by default all under runs/")
-    add("--out", default="report", metavar="DIR", help="folder to write report.md and its pictures to")
+    add("runs", nargs="*", metavar="RUN_DIR", type=os.path.expanduser, help="folders of runs; by default all of runs/")
+    add("--out", default="report", help="folder to write report.md and its pictures to")
     add("--images", type=number(int, 20), default=2000, metavar="N", help="test images to distort for robustness")
 
 
 def run(args):
     """report.md and its pictures from finished runs; what cannot be read is named there and on stderr."""
-    device, out = start_world(args.device).device, pathlib.Path(args.out)
+    device, out = choose_device(args.device), pathlib.Path(args.out)
     files = (file for file in pathlib.Path("runs").glob("*/*") if file.name in ("last.pt", "summary.json"))
     records = [read_run(folder) for folder in dict.fromkeys(args.runs or sorted(file.parent for file in files))]
     runs = [run for run in records if run.facts]
@@ -44,7 +46,7 @@ def run(args):
     titles = [run.title for run in runs]
     for run in (run for run in runs if titles.count(run.title) > 1):
         run.title += f" ({run.folder})"
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     tested, turned, distorted = {}, {}, {}
     for run in (run for run in runs if run.model):
         try:
@@ -106,12 +108,13 @@ def read_part(path):
     facts = json.loads(path.read_text())
     if facts["model"] not in MODELS:
         raise ValueError(f"unknown model {facts['model']}")
-    return {"facts": {k: facts[k] for k in RECIPE} | {k: kind(facts[k]) for k, kind in FACTS.items()}}
+    known = {k: kind(facts[k]) for k, kind in FACTS.items() if facts[k] is not None}  # null: not to be had there
+    return {"facts": {k: facts[k] for k in RECIPE} | known}
 
 
 def test_again(run, data_dir, device):
     """A run's model on its test set: (images, class scores [n, J], labels [n], `measure`'s dictionary)."""
-    data = load_data(run.facts["dataset"], data_dir, run.facts["holdout"]).to(device)
+    data = load_data(run.facts["dataset"], data_dir, run.facts["holdout"], run.facts["seed"]).to(device)
     run.model.to(device)
     scores = torch.cat([class_scores(run.model, part, World(0, 1, device), run.facts["amp"])
                         for part in progress(run.title, data.test_images.split(5 * EVALUATION_BATCH))])

@@ -1,9 +1,9 @@
 """What a finished training or evaluation leaves in its folder, besides checkpoint and metrics.csv: summary.json and
 the pictures."""
 
+import contextlib
 import json
 import platform
-import resource
 import sys
 
 import torch
@@ -30,13 +30,19 @@ def write_results(folder, what, facts, scores, result, data, world, history=()):
 
 def environment(world):
     """What every summary.json says of where it was made; memory is the GPU allocator's peak, or the resident set's."""
-    gpu, unit = world.device.type == "cuda", 1 if sys.platform == "darwin" else 1024  # of ru_maxrss in bytes
+    gpu, memory = world.device.type == "cuda", None
+    if gpu:
+        memory = torch.cuda.max_memory_allocated(world.device)
+    else:
+        with contextlib.suppress(ImportError):  # on native Windows memory stays unknown
+            import resource
+            unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss in bytes
+            memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "device": torch.cuda.get_device_name(world.device) if gpu else f"cpu, {torch.get_num_threads()} threads",
         "world_size": world.size, "routing_backend": backend(world.device.type)[0],
         "python": platform.python_version(), "torch": torch.__version__, "version": __version__,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(world.device) if gpu else
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        "peak_memory_bytes": memory}
 
 
 def write_json(path, content):

@@ -30,9 +30,25 @@ def test_gzipped_and_raw_files_read_alike(small, tmp_path):
 
 
 def test_holdout_takes_the_place_of_the_test_set(small):
-    whole, part = caps.load_data("mnist", small), caps.load_data("mnist", small, holdout=20)
-    assert torch.equal(part.test_images, whole.train_images[-20:]) and len(part.train_images) == 300
-    assert "held out" in part.note
+    """Of each class its share, drawn by the seed; nothing is lost or twice."""
+    whole, part = caps.load_data("mnist", small), caps.load_data("mnist", small, holdout=23)
+    images = lambda *parts: sorted(image.numpy().tobytes() for images in parts for image in images)
+    assert images(part.train_images, part.test_images) == images(whole.train_images)
+    assert torch.equal(part.test_labels.bincount().sort()[0], torch.tensor([2] * 7 + [3] * 3))
+    assert "23 training images held out" in part.note
+    again, other = (caps.load_data("mnist", small, holdout=23, seed=seed) for seed in (1, 2))
+    assert torch.equal(again.test_images, part.test_images) and not torch.equal(other.test_images, part.test_images)
+
+
+def test_holdout_of_uneven_classes():
+    labels = torch.tensor([3] * 70 + [5] * 20 + [7] * 9 + [9])
+    data = caps.Data("own", "", torch.arange(100).byte(), labels, torch.zeros(1), torch.zeros(1))
+    for count, shares in ((10, {3: 7, 5: 2, 7: 1}), (96, {3: 69, 5: 19, 7: 8})):
+        held = caps.hold_out(data, count, seed=4)
+        assert dict(zip(*(t.tolist() for t in held.test_labels.unique(return_counts=True)))) == shares
+        assert torch.equal(labels[held.test_images.long()], held.test_labels)
+    with pytest.raises(caps.UserError, match="--holdout 97.*96"):
+        caps.hold_out(data, 97, seed=4)
 
 
 def test_an_epoch_is_a_function_of_seed_and_epoch():
@@ -69,8 +85,9 @@ def damage(raw, kind):
         images.with_name(images.name + ".gz").write_bytes(gzip.compress(images.read_bytes())[:500])
         images.unlink()
     elif kind == "exchanged":
-        for train, test in zip(FILES["train"], FILES["t10k"]):
-            (raw / train).rename(raw / "x"), (raw / test).rename(raw / train), (raw / "x").rename(raw / test)
+        for split, count in (("train", 10_000), ("t10k", 60_000)):
+            for name, shape in zip(FILES[split], ((count, 28, 28), (count,))):
+                write_idx(raw / name, np.zeros(shape, np.uint8))
     elif kind == "mismatch":
         write_idx(labels, np.zeros(7))
     elif kind == "labels":
@@ -96,7 +113,10 @@ def test_only_auto_falls_back(tmp_path, monkeypatch):
     no_download(monkeypatch)
     with pytest.raises(caps.UserError, match="train-images-idx3-ubyte.*CAPS_DATA.*mnist5k"):
         caps.load_data("mnist", tmp_path)
-    data = caps.load_data("auto", tmp_path)
+    with pytest.raises(caps.UserError, match="train-images-idx3-ubyte.*CAPS_DATA.*mnist5k"):
+        caps.load_data("auto", tmp_path)  # a folder that was named
+    monkeypatch.chdir(tmp_path)
+    data = caps.load_data("auto")
     assert data.name == "mnist5k" and "not the full MNIST" in data.note
 
 
