@@ -46,11 +46,11 @@ try:
     import torch.nn as nn
     import torch.nn.functional as F
     from torch.optim.swa_utils import AveragedModel, update_bn
-except ImportError as error:
+except Exception as error:  # a broken package raises anything
     if __name__ != "__main__":
         raise
-    print(f"caps: the package {error.name} cannot be imported ({error}); ./run.sh makes an environment that has it, "
-          "for `source .venv/bin/activate`", file=sys.stderr)
+    print(f"caps: {getattr(error, 'name', None) or 'torch or numpy'} cannot be imported ({str(error).strip()}); ./run.sh "
+          "makes an environment that has all packages, for `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
 
 __version__ = "1.0.0"
@@ -784,7 +784,7 @@ def find_resume(args):
     pattern = "last.pt" if folder else f"{args.model}-*/last.pt"
     found = sorted(pathlib.Path(folder or "runs").glob(pattern), key=os.path.getmtime, reverse=True)
     # torchrun does not count restarts that another machine is the cause of; run.sh names each job, so none is missed.
-    if "CAPS_JOB" in os.environ or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0:
+    if JOB and ("CAPS_JOB" in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")):
         for path in found:
             with contextlib.suppress(UserError):  # a damaged one is not this job's
                 if read_checkpoint(path).get("job") == JOB:
@@ -1122,7 +1122,7 @@ def train_options(add):
     add("--warmup", type=number(float, 0), default=float(several), metavar="EPOCHS", help="in which the rate rises")
     add("--graph", action="store_true", help="CUDA, one process: the step as one CUDA graph; not yet run on a GPU")
     add("--check", action="store_true", help="check options and data, build the native library, and stop")
-    add("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order and augmentation")
+    add("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order, augmentation, held-out images")
     add("--out", help="folder to write to; by default runs/MODEL-DATASET, numbered if taken")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--resume", nargs="?", const="newest", metavar="FILE", type=os.path.expanduser,

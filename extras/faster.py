@@ -7,6 +7,8 @@ and `StepGraph` stands in the place of caps.update_weights with --graph. docs/me
 import copy
 import ctypes
 import logging
+import os
+import signal
 import sys
 import warnings
 
@@ -62,6 +64,8 @@ def compiled(model, images, amp):
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a missing GPU
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # they do, but for axes of one element
     kept = copy.deepcopy(model.state_dict())
+    # Ctrl-C ends the process here: in one of the compiler's callbacks KeyboardInterrupt would be printed and forgotten.
+    handler = signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     torch.compiler.set_stance("default")  # undoes "eager_on_recompile" of an earlier call
     try:
         # Among kernels in its cache torch 2.11 does not tell those for another number of threads.
@@ -72,6 +76,8 @@ def compiled(model, images, amp):
     except Exception as error:  # whatever a compiler, or none, leads it to
         print(f"caps: trained without torch.compile, {caps.first_line(error)}", file=sys.stderr)
         net = model
+    finally:
+        signal.signal(signal.SIGINT, handler)
     model.load_state_dict(kept)  # BatchNorm has counted these images
     model.zero_grad(set_to_none=True)
     return net

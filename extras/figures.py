@@ -68,7 +68,8 @@ def plot_roc(results, path):
             axis.set(xlabel="false positive rate", ylabel="true positive rate")
         whole.set_title(f"{title}\neach class against the rest")
         corner.set(xlim=(-0.001, 0.05), ylim=(0.9, 1.003), title="the upper left corner")
-        whole.legend(fontsize=8, loc="lower right")
+        if whole.lines:
+            whole.legend(fontsize=8, loc="lower right")
     write_atomically(path, figure.savefig)
 
 

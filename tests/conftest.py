@@ -1,4 +1,5 @@
 """Fixtures of all tests."""
+import signal
 import sys
 from pathlib import Path
 
@@ -20,8 +21,11 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def settings():
-    """Training in this process flushes denormal numbers and compiles no more; not so for the next test."""
+    """Training in this process flushes denormal numbers, compiles no more and handles signals; not so for the next test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     torch.set_flush_denormal(False)
     torch.compiler.set_stance("default")
 
