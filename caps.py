@@ -656,10 +656,7 @@ def train(args, write=None, fast=None):
             print("epoch {epoch:3d}/{epochs}  train loss {train_loss:.4f} accuracy {train_accuracy:.4f}  "
                   "test loss {test_loss:.4f} accuracy {test_accuracy:.4f}  lr {lr:.2e}  {seconds:.1f} s  "
                   "{images_per_second:.0f} images/s".format(epochs=args.epochs, **run.history[-1]), flush=True)
-        learned, learns = learns, evaluated[1]["test_accuracy"] > chance(run.data.test_labels)
-        if learned and not learns and world.rank == 0:
-            print(f"caps: after {run.steps} steps the test accuracy is that of guessing; if that lasts, try an --lr "
-                  f"below {args.lr:g}, and see whether labels and images belong together", file=sys.stderr)
+        learns = learning(run, learns)
     if run.signal:
         again = ["python", sys.argv[0], "--resume", str(run.folder / "last.pt")]
         again += ["--data-dir", args.data_dir] * bool(args.data_dir) + ["--graph"] * args.graph
@@ -672,8 +669,17 @@ def train(args, write=None, fast=None):
     return 0
 
 
+def learning(run, before):
+    """Whether the run tests better than guessing; a line where it does not, but did `before`."""
+    learns = run.history[-1]["test_accuracy"] > chance(run.data.test_labels)
+    if before and not learns and run.world.rank == 0:
+        print(f"caps: after {run.steps} steps the test accuracy is that of guessing; if that lasts, try an --lr below "
+              f"{run.args.lr:g}, and see whether labels and images belong together", file=sys.stderr)
+    return learns
+
+
 def chance(labels):
-    """The accuracy below which guessing explains it: always the most frequent class, and three standard deviations."""
+    """What guessing reaches: the share of the most frequent class, and three standard deviations."""
     share = labels.bincount().max().item() / len(labels)
     return share + 3 * (share * (1 - share) / len(labels)) ** 0.5 if share < 1 else 0.0
 
