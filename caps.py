@@ -49,8 +49,8 @@ try:
 except Exception as error:  # a broken package raises anything
     if __name__ != "__main__":
         raise
-    print(f"caps: {getattr(error, 'name', None) or 'torch or numpy'} cannot be imported ({str(error).strip()}); ./run.sh "
-          "makes an environment that has all packages, for `source .venv/bin/activate`", file=sys.stderr)
+    print(f"caps: {getattr(error, 'name', None) or 'torch or numpy'} cannot be imported ({str(error).strip()}); ./run.sh"
+          " makes an environment that has all packages, for `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
 
 __version__ = "1.0.0"
@@ -1056,6 +1056,13 @@ def number(kind, low, high=float("inf"), open_low=False):
     return parse
 
 
+def file_name(text):
+    """An argparse type: a path, ~ expanded; an empty one comes from a shell variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return os.path.expanduser(text)
+
+
 MODES = {
     "train": "train a model, evaluated after every epoch (the default mode); several processes have other defaults",
     "eval": "evaluate a checkpoint on a test set",
@@ -1074,12 +1081,12 @@ SHARED_OPTIONS = {
     "--model": dict(choices=list(MODELS), default="alexcaps", help="network"),
     "--iterations": dict(type=number(int, 1), default=3, help="routing iterations"),
     "--dataset": dict(choices=["auto", *DATASETS, EMBEDDED], help="auto: MNIST from disk or download, else mnist5k"),
-    "--data-dir": dict(type=os.path.expanduser, metavar="DIR", default=os.environ.get("CAPS_DATA") or None,
+    "--data-dir": dict(type=file_name, metavar="DIR", default=os.environ.get("CAPS_DATA") or None,
                        help="folder of the IDX files, or torchvision's; else CAPS_DATA, else ./data"),
     "--device": dict(choices=["auto", "cpu", "cuda"], default="auto", help="where to compute"),
     "--amp": dict(choices=["off", "bf16", "fp16"], default="off", help="mixed precision; fp16 needs CUDA"),
-    "--checkpoint": dict(type=os.path.expanduser, required=True, metavar="FILE", help="last.pt of a run"),
-    "--out": dict(type=os.path.expanduser, metavar="DIR"),
+    "--checkpoint": dict(type=file_name, required=True, metavar="FILE", help="last.pt of a run"),
+    "--out": dict(type=file_name, metavar="DIR"),
 }
 
 
@@ -1131,7 +1138,7 @@ def train_options(add):
     add("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order, augmentation, held-out images")
     add("--out", help="folder to write to; by default runs/MODEL-DATASET, numbered if taken")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
-    add("--resume", nargs="?", const="newest", metavar="FILE", type=os.path.expanduser,
+    add("--resume", nargs="?", const="newest", metavar="FILE", type=file_name,
         help="go on from a checkpoint; without FILE last.pt of --out, or of the newest default folder")
     add("--checkpoint-every", type=natural, default=500, metavar="STEPS", help="besides each epoch's end")
 
@@ -1186,6 +1193,7 @@ def program():
     """main as a program. One of several processes ends by os._exit: while Python shuts down, a gloo thread that still
     held a tensor would abort the process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which commands inherit from it, need not be installed here
     several = False
     try:
         status = main()

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import pathlib
 import warnings
 
@@ -10,15 +9,15 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from caps import (CLASSES, EVALUATION_BATCH, UserError, check_writable, lengths, load_data, load_model, package,
-                  read_checkpoint, to_float, write_atomically)
+from caps import (CLASSES, EVALUATION_BATCH, UserError, check_writable, file_name, lengths, load_data, load_model,
+                  package, read_checkpoint, to_float, write_atomically)
 
 
 def options(add):
     add("--checkpoint")
     add("--dataset")
     add("--data-dir")
-    add("out", metavar="FILE", type=os.path.expanduser, help="the file to write, model.onnx say")
+    add("out", metavar="FILE", type=file_name, help="the file to write, model.onnx say")
 
 
 class WithLengths(nn.Module):

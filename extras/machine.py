@@ -6,6 +6,7 @@ import pathlib
 import platform
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -40,11 +41,15 @@ def launched():
 
 def torchrun_waits():
     """Whether torchrun started this process and waits for it; its variables alone may be left over."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
     try:
         parent = pathlib.Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace")
-        return "TORCHELASTIC_RUN_ID" in os.environ and bool(re.search(r"torchrun|torch.distributed|accelerate", parent))
     except OSError:  # not Linux
-        return "TORCHELASTIC_RUN_ID" in os.environ
+        parent, ps = "", ["ps", "-o", "command=", "-p", str(os.getppid())]
+        with contextlib.suppress(OSError):  # nor macOS
+            parent = subprocess.run(ps, capture_output=True, text=True).stdout
+    return bool(re.search("torchrun|torch.distributed|accelerate", parent))
 
 
 def choose_device(name, local=0, here=1):

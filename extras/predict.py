@@ -4,7 +4,6 @@
 """
 
 import glob
-import os
 import pathlib
 import sys
 
@@ -12,17 +11,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from caps import (CLASSES, UserError, _routing, check_writable, extra, lengths, load_model, read_checkpoint,
-                  write_atomically)
+from caps import (CLASSES, UserError, _routing, check_writable, extra, file_name, lengths, load_model,
+                  read_checkpoint, write_atomically)
 from caps.extras.machine import choose_device
 
 
 def options(add):
     add("--checkpoint")
     add("--device")
-    add("images", nargs="+", metavar="IMAGE", type=os.path.expanduser, help="image files, folders or glob patterns")
+    add("images", nargs="+", metavar="IMAGE", type=file_name, help="image files, folders or glob patterns")
     add("--invert", action="store_true", help="the digits are dark on white")
-    add("--explain", nargs="?", const=".", metavar="DIR", type=os.path.expanduser,
+    add("--explain", nargs="?", const=".", metavar="DIR", type=file_name,
         help="also draw each image's routing, as NAME-routing.png in DIR (here)")
 
 

@@ -5,16 +5,17 @@
 
 import csv
 import json
-import os
 import pathlib
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from caps import (CLASSES, COLUMNS, EVALUATION_BATCH, MODELS, RECIPE, UserError, World, check_writable, class_scores,
-                  load_data, load_model, measure, number, parse, progress, read_checkpoint, write_atomically)
+                  file_name, load_data, load_model, measure, number, parse, progress, read_checkpoint,
+                  write_atomically)
 from caps.extras.claims import claims, nearness
 from caps.extras.diagram import plot_diagram
 from caps.extras.figures import plot_confusion, plot_curves, plot_roc
@@ -30,7 +31,7 @@ FACTS = {"train_images": int, "epochs": int, "seconds_per_epoch": float, "parame
 def options(add):
     add("--data-dir")
     add("--device")
-    add("runs", nargs="*", metavar="RUN_DIR", type=os.path.expanduser, help="folders of runs; by default all of runs/")
+    add("runs", nargs="*", metavar="RUN_DIR", type=file_name, help="folders of runs; by default all of runs/")
     add("--out", default="report", help="folder to write report.md and its pictures to")
     add("--images", type=number(int, 20), default=2000, metavar="N", help="test images to distort for robustness")
 
@@ -47,6 +48,7 @@ def run(args):
     for run in (run for run in runs if titles.count(run.title) > 1):
         run.title += f" ({run.folder})"
     check_writable(out)
+    warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of classes without images; their places stay empty
     tested, turned, distorted = {}, {}, {}
     for run in (run for run in runs if run.model):
         try:

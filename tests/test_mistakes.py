@@ -310,6 +310,11 @@ def test_a_broken_package_is_found_at_first(tmp_path):
     (tmp_path / "broken" / "matplotlib.py").write_text("raise RuntimeError('numpy.dtype size changed')\n")
     refused(command("--epochs", 1, cwd=tmp_path, PYTHONPATH=str(tmp_path / "broken")), "needs the package matplotlib",
             "numpy.dtype size changed", "pip install matplotlib")
+
+
+def test_the_drawing_backend_of_a_notebook_is_left_aside(tmp_path):
+    result = command("diagram", cwd=tmp_path, MPLBACKEND="module://not_installed_here")
+    assert result.returncode == 0 and (tmp_path / "diagram-alexcaps.png").exists(), result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 
@@ -425,6 +430,12 @@ def test_idx_files_are_told_by_their_bytes(few, main, tmp_path):
         labels.write_bytes(whole[:cut])
         status, line = main("--data-dir", data, "--check")
         assert status == 2 and "train-labels-idx1-ubyte: is cut" in line and "again" in line
+
+
+def test_an_empty_path_is_no_path(main, tmp_path):
+    """It comes from a shell variable that is not set."""
+    for words in (["--out", ""], ["--data-dir="], ["eval", "--checkpoint", ""], ["report", ""]):
+        assert main(*words)[0] == 2 and not list(tmp_path.iterdir())
 
 
 def test_few_images_are_legitimate(few, main, tmp_path):
