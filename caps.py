@@ -627,7 +627,7 @@ def train(args, write=None, fast=None):
     extras/, `write` (write_results: a finished run's other files) and `fast` (the module faster); it runs without."""
     world = start_world(args.device)
     if args.check:
-        _, _, data, _ = prepare(args)
+        _, _, data = prepare(args)
         print(f"caps: {data.note}\n" * bool(data.note), end="")
         backend(world.device.type)  # builds the library, so that several processes do not wait for it
         return 0
@@ -697,7 +697,7 @@ def facts_of(run):
 def start_run(args, world, fast=None):
     """A new run, or the one to go on with, on this process; `fast` as for train."""
     # Rank 0 alone decides, so that all processes have the same checkpoint, images and folder.
-    args, checkpoint, data, replaced = from_rank0(world, lambda: prepare(args, world.size))
+    args, checkpoint, data = from_rank0(world, lambda: prepare(args, world.size))
     if data.note and world.rank == 0:
         print(f"caps: {data.note}")
     extra("machine").warn_of_bf16(world, args.amp)
@@ -710,7 +710,8 @@ def start_run(args, world, fast=None):
     net = fast.trained_form(model, args, world, data.train_images) if fast else model
     if world.size > 1:
         net = nn.parallel.DistributedDataParallel(net, device_ids=[world.device.index] if on_gpu else None)
-    folder = from_rank0(world, lambda: make_folder(args))  # after all that takes time: a Ctrl-C leaves no empty folder
+    # After all that takes time, so that a Ctrl-C leaves no empty folder; another run may have begun in --out meanwhile.
+    replaced, folder = from_rank0(world, lambda: (files_to_replace(args), make_folder(args)))
     run = Run(args, world, folder, data.to(world.device), model, net,
               optimizer=torch.optim.Adam(model.parameters(), lr=args.lr, fused=True),
               scaler=torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16"),
@@ -718,7 +719,10 @@ def start_run(args, world, fast=None):
               graph=fast.StepGraph(args.batch_size * args.accumulate, world.device) if fast and args.graph else None,
               totals=torch.zeros(2, dtype=torch.float64, device=world.device))
     if checkpoint:
-        restore(run, checkpoint)
+        try:
+            restore(run, checkpoint)
+        except (RuntimeError, ValueError, KeyError) as error:
+            refuse(world, f"{args.resume}: does not fit {args.model} ({first_line(error)[:120]})")
     if world.rank == 0:
         for path in replaced:  # only now, when nothing can be refused any more; last.pt, when there is another
             path.unlink() if path.name != "last.pt" else None
@@ -772,15 +776,15 @@ JOB = os.environ.get("CAPS_JOB", "") + os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def prepare(args, processes=1):
-    """Refuse all that can be refused: (args, checkpoint or None, data, files to replace)."""
+    """Refuse all that can be refused: (args, checkpoint or None, data)."""
     args, checkpoint = settle_resume(args)
     data = load_data(args.dataset, args.data_dir, args.holdout, args.seed)
     if len(data.train_images) < processes:
         raise UserError(f"{processes} processes for {len(data.train_images)} training images: start at most as many")
     args.dataset = data.name
-    replaced = files_to_replace(args)
+    files_to_replace(args)
     check_writable(args.out or "runs")
-    return args, checkpoint, data, replaced
+    return args, checkpoint, data
 
 
 def find_resume(args):
@@ -929,7 +933,7 @@ def write_metrics(path, rows):
 
 
 def read_checkpoint(path):
-    """The dictionary in a checkpoint of this program; tensors and plain values only, code in it is refused."""
+    """The dictionary in a checkpoint of this program, and its `path`; tensors and plain values only, code is refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a foreign pickle is reported below, in one line
@@ -944,14 +948,20 @@ def read_checkpoint(path):
     except Exception as error:  # torch.load raises whatever a foreign file leads it to
         reason = first_line(error)[:120]
         raise UserError(f"{path}: not a checkpoint of caps.py, or damaged; nothing of it was run ({reason})") from error
-    return checkpoint
+    return checkpoint | {"path": str(path)}
 
 
 def load_model(checkpoint, device):
     """The model of a checkpoint that is evaluated and used."""
     model = MODELS[checkpoint["config"]["model"]](iterations=checkpoint["config"]["iterations"])
     weights = checkpoint["average"] or checkpoint["model"]  # AveragedModel adds a counter and a prefix to the names
-    model.load_state_dict({k.removeprefix("module."): v for k, v in weights.items() if k != "n_averaged"})
+    try:
+        model.load_state_dict({k.removeprefix("module."): v for k, v in weights.items() if k != "n_averaged"})
+    except RuntimeError as error:
+        reason = first_line(error)[:120]
+        raise UserError(f"{checkpoint['path']}: does not fit {type(model).__name__} ({reason})") from error
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"{checkpoint['path']}: holds weights that are not finite numbers; take another checkpoint")
     return model.to(device)
 
 
@@ -1019,15 +1029,15 @@ def evaluate(args, write):
         if (folder / "last.pt").exists():
             raise UserError(f"--out {folder}: holds a training run; name another folder")
         check_writable(folder)
-        return checkpoint, data, folder
+        return load_model(checkpoint, torch.device("cpu")), checkpoint["config"], data, folder
 
-    checkpoint, data, folder = from_rank0(world, read_inputs)
+    model, config, data, folder = from_rank0(world, read_inputs)
     data = data.to(world.device)
     machine.warn_of_bf16(world, args.amp)
-    scores = class_scores(load_model(checkpoint, world.device), data.test_images, world, args.amp)
-    facts = checkpoint["config"] | {"checkpoint": args.checkpoint, "amp": args.amp}
-    from_rank0(world, lambda: write(folder, data.note or data.name, facts, scores, measure(scores, data.test_labels),
-                                    data, world))
+    scores = class_scores(model.to(world.device), data.test_images, world, args.amp)
+    held, facts = config["holdout"], config | {"checkpoint": args.checkpoint, "amp": args.amp}
+    what = (data.note or data.name) + f", not the {held} training images that the run was tested on" * bool(held)
+    from_rank0(world, lambda: write(folder, what, facts, scores, measure(scores, data.test_labels), data, world))
     return 0
 
 
@@ -1063,6 +1073,12 @@ def file_name(text):
     return os.path.expanduser(text)
 
 
+def checkpoint_name(text):
+    """An argparse type: a checkpoint, of a run's folder its last.pt."""
+    path = file_name(text)
+    return os.path.join(path, "last.pt") if os.path.isdir(path) else path
+
+
 MODES = {
     "train": "train a model, evaluated after every epoch (the default mode); several processes have other defaults",
     "eval": "evaluate a checkpoint on a test set",
@@ -1085,7 +1101,7 @@ SHARED_OPTIONS = {
                        help="folder of the IDX files, or torchvision's; else CAPS_DATA, else ./data"),
     "--device": dict(choices=["auto", "cpu", "cuda"], default="auto", help="where to compute"),
     "--amp": dict(choices=["off", "bf16", "fp16"], default="off", help="mixed precision; fp16 needs CUDA"),
-    "--checkpoint": dict(type=file_name, required=True, metavar="FILE", help="last.pt of a run"),
+    "--checkpoint": dict(type=checkpoint_name, required=True, metavar="FILE", help="last.pt of a run"),
     "--out": dict(type=file_name, metavar="DIR"),
 }
 
@@ -1138,7 +1154,7 @@ def train_options(add):
     add("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order, augmentation, held-out images")
     add("--out", help="folder to write to; by default runs/MODEL-DATASET, numbered if taken")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
-    add("--resume", nargs="?", const="newest", metavar="FILE", type=file_name,
+    add("--resume", nargs="?", const="newest", metavar="FILE", type=checkpoint_name,
         help="go on from a checkpoint; without FILE last.pt of --out, or of the newest default folder")
     add("--checkpoint-every", type=natural, default=500, metavar="STEPS", help="besides each epoch's end")
 
@@ -1193,6 +1209,8 @@ def program():
     """main as a program. One of several processes ends by os._exit: while Python shuts down, a gloo thread that still
     held a tensor would abort the process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files in a locale without their letters
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which commands inherit from it, need not be installed here
     several = False
     try:

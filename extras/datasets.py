@@ -110,10 +110,12 @@ def read_idx(path, dims):
         raise UserError(f"{path}: not an IDX file of {what}: expected a {header}-byte header that begins with "
                         f"{magic:08x}, found {len(raw)} bytes beginning with {raw[:4].hex() or 'nothing'}")
     shape = np.frombuffer(raw, ">u4", dims, offset=4).astype(int)
-    if len(raw) != header + shape.prod() or shape[0] == 0 or (dims == 3 and tuple(shape[1:]) != (28, 28)):
+    if shape[0] == 0 or (dims == 3 and tuple(shape[1:]) != (28, 28)):
+        raise UserError(f"{path}: expected {what}{' of 28×28 pixels' * (dims == 3)}, found {'×'.join(map(str, shape))}")
+    if len(raw) != header + shape.prod():
         cut = "; it is cut, copy or download it again" if len(raw) < header + shape.prod() else ""
-        raise UserError(f"{path}: expected at least one of its {what} and {header + shape.prod()} bytes for the shape "
-                        f"{'×'.join(map(str, shape))} in its header (images are 28×28), found {len(raw)} bytes{cut}")
+        raise UserError(f"{path}: expected {header + shape.prod()} bytes for the shape {'×'.join(map(str, shape))} in "
+                        f"its header, found {len(raw)} bytes{cut}")
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 

@@ -487,6 +487,39 @@ def test_a_checkpoint_that_cannot_be_gone_on_with(main, finished):
     assert main("eval", "--checkpoint", "last.pt", *data)[0] == 0
 
 
+@pytest.mark.parametrize("wrong", ["NaN", "another shape"])
+def test_weights_that_cannot_be_used(main, finished, wrong):
+    checkpoint, data = caps.read_checkpoint(finished / "last.pt"), ["--data-dir", finished.parent / "data"]
+    weights = checkpoint["model"]["digits.weight"]
+    checkpoint["model"]["digits.weight"] = weights * torch.nan if wrong == "NaN" else weights[:5]
+    torch.save(checkpoint, "last.pt")
+    for words in (["eval", "--checkpoint", "last.pt", *data], ["predict", "--checkpoint", "last.pt", ROOT / "docs/routing.png"],
+                  ["--resume", "last.pt", "--epochs", 2, *data]):
+        status, line = main(*words)
+        assert status == 2 and ("not fit" in line or "finite" in line), line
+
+
+def test_a_runs_folder_stands_for_its_checkpoint(main, finished):
+    data = ["--data-dir", finished.parent / "data"]
+    assert main("eval", "--checkpoint", finished, "--out", "e", *data)[0] == 0
+    assert main("--resume", finished, "--check", *data)[0] == 0
+
+
+def test_two_runs_do_not_share_a_folder(finished, tmp_path, monkeypatch):
+    """Another may have begun there while this one was compiled."""
+    def compiled_meanwhile(*_):
+        shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr(caps, "backend", compiled_meanwhile)
+    with pytest.raises(caps.UserError, match="holds a run"):
+        start(finished.parent / "data", tmp_path / "run")
+
+
+def test_names_that_the_locale_cannot_print(tmp_path, finished):
+    result = command("--data-dir", finished.parent / "data", "--epochs", 1, "--out", "läufe", cwd=tmp_path, LC_ALL="C",
+                     PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert result.returncode == 0 and (tmp_path / "läufe/roc.png").exists(), result.stderr
+
+
 def test_weights_that_are_not_finite_are_not_saved(few, tmp_path):
     run = start(few(tmp_path / "data"), tmp_path / "run")
     caps.save(run)
