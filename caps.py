@@ -37,7 +37,7 @@ import tempfile
 import time
 import warnings
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback where Ctrl-C comes while torch is imported
 try:
     import numpy as np
@@ -49,8 +49,9 @@ try:
 except Exception as error:  # a broken package raises anything
     if __name__ != "__main__":
         raise
-    print(f"caps: {getattr(error, 'name', None) or 'torch or numpy'} cannot be imported ({str(error).strip()}); ./run.sh"
-          " makes an environment that has all packages, for `source .venv/bin/activate`", file=sys.stderr)
+    what = getattr(error, "name", None) or "torch or numpy"
+    print(f"caps: {what} cannot be imported ({' '.join(str(error).split())}); ./run.sh makes an environment that has all "
+          "packages, for `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
 
 __version__ = "1.0.0"
@@ -933,7 +934,7 @@ def write_metrics(path, rows):
 
 
 def read_checkpoint(path):
-    """The dictionary in a checkpoint of this program, and its `path`; tensors and plain values only, code is refused."""
+    """The dictionary in a checkpoint of this program, and its `path`; tensors and plain values, code is refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a foreign pickle is reported below, in one line
@@ -1208,7 +1209,8 @@ def main(argv=None):
 def program():
     """main as a program. One of several processes ends by os._exit: while Python shuts down, a gloo thread that still
     held a tensor would abort the process."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files in a locale without their letters
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which commands inherit from it, need not be installed here
