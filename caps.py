@@ -795,7 +795,7 @@ def find_resume(args):
     pattern = "last.pt" if folder else f"{args.model}-*/last.pt"
     found = sorted(pathlib.Path(folder or "runs").glob(pattern), key=os.path.getmtime, reverse=True)
     # torchrun does not count restarts that another machine is the cause of; run.sh names each job, so none is missed.
-    if JOB and ("CAPS_JOB" in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")):
+    if os.environ.get("CAPS_JOB") or JOB and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0"):
         for path in found:
             with contextlib.suppress(UserError):  # a damaged one is not this job's
                 if read_checkpoint(path).get("job") == JOB:
@@ -1125,13 +1125,19 @@ def eval_options(add):
     add("--out", help="folder to write to; by default eval-DATASET beside the checkpoint")
 
 
+def several_processes():
+    """Whether a launcher started this process among others; start_world looks closer."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return size.isdecimal() and int(size) > 1
+
+
 def cpu_amp():
     """The --amp of several processes on CPUs."""
     return "bf16" if extra("machine").has_bf16(torch.device("cpu")) else "off"
 
 
 def train_options(add):
-    several = extra("machine").launched()[1] > 1
+    several = several_processes()
     natural, factor = number(int, 1), number(float, 0, 1, open_low=True)
     for option in ("--model", "--iterations", "--data-dir", "--device"):
         add(option)
@@ -1177,7 +1183,7 @@ def parse(argv):
         if "amp" in args.given:
             raise UserError("--amp fp16: needs a GPU, its loss scaling is CUDA's; take --amp bf16 here")
         args.amp = cpu_amp()  # the default fp16 of several processes, but --device cpu
-    if "graph" in args.given and (lacks_gpu(args) or extra("machine").launched()[1] > 1):
+    if "graph" in args.given and (lacks_gpu(args) or several_processes()):
         raise UserError("--graph: needs a GPU, and one process alone; leave it out here")
     return args
 
