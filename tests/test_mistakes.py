@@ -195,7 +195,7 @@ def test_accuracy_at_chance_is_said_once(few, main, tmp_path, monkeypatch):
     data = few(tmp_path / "data", train=20, test=20)
     write_idx(data / FILES["train"][1], np.arange(200) % 10)  # labels of other images
     status, said = main("--data-dir", "data", "--epochs", "2")
-    assert status == 0 and said.startswith("caps: after 7 steps") and "--lr" in said and "labels" in said
+    assert status == 0 and said.startswith("caps: by step 7 ") and "--lr" in said and "labels" in said
     assert said.count("guessing") == 1
     monkeypatch.setattr(caps, "chance", lambda labels: 0.05)
     assert main("--data-dir", "data", "--epochs", "1") == (0, "")
@@ -332,9 +332,10 @@ def test_missing_packages_are_found_at_first(main, monkeypatch, tmp_path, finish
 
 
 def test_the_program_without_torch(tmp_path):
-    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file', name='torch')")
+    """Or with a package that torch imports and that raises something else."""
+    (tmp_path / "tqdm.py").write_text("raise AttributeError('libcudart.so.13')")
     result = command("summary", cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    refused(result, "torch", "libcudart", "./run.sh")
+    refused(result, "caps: tqdm cannot be imported (libcudart", "./run.sh")
 
 
 @pytest.mark.parametrize("environment, words", [
