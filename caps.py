@@ -521,6 +521,7 @@ class Run:
     totals: torch.Tensor  # this epoch's summed loss and correct predictions on this process, float64 [2]
     history: list = dataclasses.field(default_factory=list)  # a row of metrics.csv per finished epoch
     position: int = 0  # images of the current epoch that are trained on
+    replaced: list = dataclasses.field(default_factory=list)  # files of the run that --overwrite gives up
     seconds: float = 0.0  # spent training in the current epoch
     steps: int = 0
     signal: int = 0  # SIGINT or SIGTERM, once it has arrived
@@ -628,7 +629,7 @@ def learning_rate(args, world, epoch, progress):
 
 def train(args, write=None, fast=None):
     """Train until `--epochs`, evaluate after each epoch, keep last.pt and metrics.csv; the exit status. main adds, from
-    extras/, `write` (write_results: a finished run's other files) and `fast` (the module faster); it runs without."""
+    extras/, `write` (write_results: a finished run's other files) and `fast` (the module faster); it trains without."""
     world = start_world(args.device)
     if args.check:
         _, _, data = prepare(args)
@@ -643,6 +644,9 @@ def train(args, write=None, fast=None):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: setattr(run, "signal", number))
     save(run)  # at once, so that a restart after a crash finds this job's checkpoint
+    if world.rank == 0:
+        for path in run.replaced:  # only now, when there is another run in their place
+            path.unlink() if path.name not in ("last.pt", "metrics.csv") else None
     evaluated, learns = None, True
     while run.epoch < args.epochs and not run.signal:
         trained = train_epoch(run)
@@ -725,11 +729,11 @@ def start_run(args, world, fast=None):
     if checkpoint:
         try:
             restore(run, checkpoint)
+            if "format" not in checkpoint:
+                measure_statistics(run)
         except (RuntimeError, ValueError, KeyError) as error:
             refuse(world, f"{args.resume}: does not fit {args.model} ({first_line(error)[:120]})")
-    if world.rank == 0:
-        for path in replaced:  # only now, when nothing can be refused any more; last.pt, when there is another
-            path.unlink() if path.name != "last.pt" else None
+    run.replaced = replaced
     return run
 
 
@@ -746,7 +750,9 @@ def measure_statistics(run):
     if run.average:
         args, data = run.args, run.data
         order, motion = epoch_plan(len(data.train_images), args.seed, 0, args.rotate, args.shift)
-        batches = zip(*(t[:STATISTICS_IMAGES].to(run.world.device).split(EVALUATION_BATCH) for t in (order, motion)))
+        order, motion = (t[:STATISTICS_IMAGES].to(run.world.device) for t in (order, motion))
+        parts = -(-len(order) // EVALUATION_BATCH)  # of equal size, since update_bn weighs them alike
+        batches = zip(order.tensor_split(parts), motion.tensor_split(parts))
         with autocast(run.world.device, args.amp):
             update_bn((move(to_float(data.train_images[part]), motions) for part, motions in batches),
                       run.tested.backbone)
@@ -819,6 +825,9 @@ def settle_resume(args):
     checkpoint = read_checkpoint(args.resume)
     if lacking := {"job", "rng", "totals"} - checkpoint.keys():
         raise UserError(f"{args.resume}: cannot be gone on with, it lacks {', '.join(sorted(lacking))}; it can be used")
+    if checkpoint["config"]["holdout"] and "format" not in checkpoint:
+        raise UserError(f"{args.resume}: of an earlier version, which held out the last images; it can be used, but not "
+                        "gone on with")
     for key in RECIPE:
         given, value = getattr(args, key), checkpoint["config"][key]
         if key in args.given and given != value and (key, given) != ("dataset", "auto"):
@@ -881,7 +890,7 @@ def save(run):
 
     def write():
         config = {key: getattr(run.args, key) for key in (*RECIPE, "epochs")}
-        content = {"version": __version__, "job": JOB, "config": config, "totals": totals, "rng": torch.get_rng_state()}
+        content = {"version": __version__, "format": 2, "job": JOB, "config": config, "totals": totals, "rng": torch.get_rng_state()}
         content |= {name: getattr(run, name) for name in STATE}
         content |= {name: getattr(run, name) and getattr(run, name).state_dict() for name in PARTS}
         write_atomically(run.folder / "last.pt", lambda path: write_checkpoint(path, content))
@@ -923,10 +932,10 @@ def write_atomically(path, write):
 def write_checkpoint(path, content):
     try:
         torch.save(content, path)
-    except RuntimeError as error:  # in its archive's own words; Python's, for one more block, say why
+    except RuntimeError:  # in its archive's own words; Python's, for one more block, say why
         with open(path, "ab") as file:
             file.write(bytes(2 ** 20))
-        raise OSError(first_line(error)) from error
+        raise  # of something else
 
 
 def write_metrics(path, rows):
@@ -959,6 +968,9 @@ def load_model(checkpoint, device):
     """The model of a checkpoint that is evaluated and used."""
     model = MODELS[checkpoint["config"]["model"]](iterations=checkpoint["config"]["iterations"])
     weights = checkpoint["average"] or checkpoint["model"]  # AveragedModel adds a counter and a prefix to the names
+    if checkpoint["average"] and "format" not in checkpoint and any("running" in name for name in weights):
+        raise UserError(f"{checkpoint['path']}: of an earlier version, its averaged weights have BatchNorm statistics of "
+                        f"others; --resume {checkpoint['path']} measures their own")
     try:
         model.load_state_dict({k.removeprefix("module."): v for k, v in weights.items() if k != "n_averaged"})
     except RuntimeError as error:
@@ -1220,7 +1232,7 @@ def program():
     held a tensor would abort the process."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
         stream.reconfigure(errors="backslashreplace")  # names of files in a locale without their letters
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which commands inherit from it, need not be installed here
     several = False
@@ -1231,11 +1243,10 @@ def program():
     finally:
         if several := dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-    if several or status == 2:
+    if several:
         sys.stdout.flush()
         sys.stderr.flush()
-        status = extra("machine").forgo_restarts() if status == 2 else status
-    if several:
+        status = extra("machine").forgo_restarts() if status == 2 else status  # all of them come upon a mistake
         time.sleep(1 if os.environ["RANK"] == "0" else 0)  # rank 0 holds the store, which others may still ask
         os._exit(status or 0)
     sys.exit(status)

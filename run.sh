@@ -34,7 +34,7 @@ setup() {
         "$python" -c 'import ensurepip, venv' 2>/dev/null ||
             fail "$python cannot make environments (on Debian: apt install python3-venv)"
         local clear=  # nothing is deleted in a folder that VENV names
-        [ ! -e "$venv/pyvenv.cfg" ] || [ "$venv" != "$here/.venv" ] || clear=--clear
+        [ ! -e "$venv/pyvenv.cfg" ] || [ -L "$venv" ] || [ "$venv" != "$here/.venv" ] || clear=--clear
         "$python" -m venv $clear "$venv" && usable ||
             fail "cannot make an environment in $venv; remove it, or name another: VENV=..."
     fi
@@ -51,6 +51,7 @@ setup() {
 
 ddp() {
     local gpus processes torchrun_options=() threads
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT ${!TORCHELASTIC_@}  # an earlier launcher's
     gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
     processes=$((gpus > 1 ? gpus : 2))
     [[ ${1:-} =~ ^[0-9]+$ ]] && { processes=$1; shift; }

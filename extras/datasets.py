@@ -23,7 +23,7 @@ def read(dataset, data_dir=None):
     back from. UserError says what is lacking or damaged."""
     name, folder = dataset.replace("auto", "mnist"), os.path.expanduser(data_dir or "./data")
     try:
-        data = load_embedded() if dataset == EMBEDDED else load_idx(name, folder)
+        data = load_embedded() if dataset == EMBEDDED else load_idx(name, folder, named=bool(data_dir))
     except FileNotFoundError as error:
         if dataset != "auto" or data_dir:  # who named a folder wants what is in it
             others = [f"--dataset {other}" for other in DATASETS if len(find_idx(other, folder)[1]) == len(IDX_FILES)]
@@ -34,17 +34,17 @@ def read(dataset, data_dir=None):
     return data
 
 
-def load_idx(name, data_dir):
-    """The data set `name` in the folder `data_dir`, downloaded where none of its files is there; FileNotFoundError if
-    that fails too."""
+def load_idx(name, data_dir, named=True):
+    """The data set `name` in the folder `data_dir`, downloaded where none of its files is there, or some are that an
+    earlier download may have left, in a folder that nobody named; FileNotFoundError if that fails too."""
     folder, files = find_idx(name, data_dir)
-    if not files:
+    if not files or not named and len(files) < len(IDX_FILES):
         try:
             download(name, data_dir)
-        except (ImportError, OSError, RuntimeError) as error:
+        except Exception as error:  # torchvision broken, too
+            lacking = folder / next(idx for idx in IDX_FILES if idx not in files)
             reason = first_line(error).rstrip(":")
-            missing = f"{folder / IDX_FILES[0]}: not there, and not to be downloaded"
-            raise FileNotFoundError(f"{missing} ({reason})") from error
+            raise FileNotFoundError(f"{lacking}: not there, and not to be downloaded ({reason})") from error
         folder, files = find_idx(name, data_dir)
     if missing := [idx for idx in IDX_FILES if idx not in files]:  # not downloaded: it might not belong to the others
         raise UserError(f"{folder}: holds {next(iter(files.values())).name}, but no {missing[0]}; add it, or take the "
@@ -60,28 +60,30 @@ def find_idx(name, data_dir):
     """(folder, {name in IDX_FILES: file}) of a data set, in torchvision's layout or directly in `data_dir`; whatever
     the separators in the files' names, with or without .gz, perhaps each in a folder of its own name."""
     plain = lambda name: re.sub("[^a-z0-9]", "", name.lower().removesuffix(".gz")).replace("test", "t10k")
-    base, others = pathlib.Path(data_dir), {*DATASETS.values()} - {DATASETS[name]}
+    base, wanted = pathlib.Path(data_dir), {plain(idx) for idx in IDX_FILES}
+    others = {word for key, called in DATASETS.items() if key != name for word in (key, called.lower())}
     found = []
     for folder in (base / DATASETS[name] / "raw", base / DATASETS[name], base / "raw", base):
         files, called = {}, folder.resolve()
-        if (called.parent if called.name == "raw" else called).name in others:
+        if plain((called.parent if called.name == "raw" else called).name) in others:
             continue
         for path in sorted(folder.glob("*"), reverse=True):  # a raw file after the gzipped one, in whose place it comes
-            path = path / path.name if path.is_dir() else path
-            if path.is_file():
-                files[plain(path.name)] = path
+            if plain(path.name) in wanted:
+                path = path / path.name if path.is_dir() else path
+                files |= {plain(path.name): path} if path.is_file() else {}
         found.append((folder, {idx: files[plain(idx)] for idx in IDX_FILES if plain(idx) in files}))
     return max(found, key=lambda each: len(each[1]))
 
 
 def download(name, data_dir):
-    """torchvision's download of a data set, put in its place when it is whole."""
+    """torchvision's download of a data set; each file is put in its place when all are whole."""
     raw = pathlib.Path(data_dir, DATASETS[name], "raw")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         from torchvision import datasets
         getattr(datasets, DATASETS[name])(folder, download=True)
-        raw.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(pathlib.Path(folder, DATASETS[name], "raw"), raw, dirs_exist_ok=True)
+        raw.mkdir(parents=True, exist_ok=True)
+        for file in pathlib.Path(folder, DATASETS[name], "raw").iterdir():
+            os.replace(shutil.copy(file, raw / f".{file.name}"), raw / file.name)
 
 
 def read_split(images_path, labels_path):

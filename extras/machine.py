@@ -44,12 +44,13 @@ def torchrun_waits():
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     try:
-        parent = pathlib.Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace")
+        parent = pathlib.Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").replace("\0", " ")
     except OSError:  # not Linux
         parent, ps = "", ["ps", "-o", "command=", "-p", str(os.getppid())]
         with contextlib.suppress(OSError):  # nor macOS
             parent = subprocess.run(ps, capture_output=True, text=True).stdout
-    return bool(re.search("torchrun|torch.distributed|accelerate", parent))
+    return bool(re.match(r"\S*(torchrun|accelerate|python[\d.]*)\s", parent) and  # no script of another name
+                re.search(r"(^|[\s/])(torchrun|accelerate|torch\.distributed\.(run|launch))\s", parent))
 
 
 def choose_device(name, local=0, here=1):
@@ -92,7 +93,7 @@ def patience(rank, size):
 
 
 def forgo_restarts():
-    """The exit status 2 of a mistake, which torchrun shall not repeat by starting this process again. run.sh's takes a
+    """The exit status of a mistake of all processes, which torchrun shall not repeat by starting this process again. run.sh's takes a
     job for finished, but for the file CAPS_RUNNING, without which run.sh ends with 2; another torchrun is stopped."""
     if torchrun_waits():
         with contextlib.suppress(KeyError, FileNotFoundError):

@@ -27,6 +27,9 @@ FACTS = {"train_images": int, "epochs": int, "seconds_per_epoch": float, "parame
          "macro_auc": float, "device": str, "world_size": int, "peak_memory_bytes": int,
          "confusion": lambda counts: np.reshape(counts, (CLASSES, CLASSES)).tolist()}
 
+# The defaults that several processes have others of, and so a launcher's leftovers.
+ONE_PROCESS = "--amp off --accumulate 1 --lr-scale none --warmup 0".split()
+
 
 def options(add):
     add("--data-dir")
@@ -86,7 +89,7 @@ def read_run(folder):
         processes = f"{count} process{'es' if count > 1 else ''}" if count else "unfinished"
         run.title = f"{MODELS[model].__name__}, {processes}{'' if dataset == 'mnist' else f', {dataset}'}"
         run.full = bool(run.rows) and (dataset, run.facts.get("train_images")) == ("mnist", 60_000)
-        study = vars(parse(["train", "--dataset", "mnist"]))  # the defaults are the study's recipe
+        study = vars(parse(["train", "--dataset", "mnist", *ONE_PROCESS]))  # the defaults are the study's recipe
         run.departures = [f"{k.replace('_', '-')} {run.facts[k]}" for k in RECIPE[1:] if run.facts[k] != study[k]]
         run.network = run.model or MODELS[model](iterations=run.facts["iterations"])
         run.size = totals(layer_table(run.network))

@@ -162,8 +162,9 @@ def test_other_places_of_the_files(few, tmp_path):
     for folder, count in (("MNIST", 50), ("MNIST/raw", 50), (".", 50)):
         assert len(caps.load_data("mnist", tmp_path / folder).train_images) == count
     assert len(caps.load_data("fashion", tmp_path / "FashionMNIST").train_images) == 30
+    (tmp_path / "FashionMNIST").rename(tmp_path / "fashion")  # as in its makers' repository
     with pytest.raises(caps.UserError, match="--dataset fashion"):
-        caps.load_data("auto", tmp_path / "FashionMNIST/raw")  # another set is not taken for MNIST
+        caps.load_data("auto", tmp_path / "fashion/raw")  # another set is not taken for MNIST
     kaggle = few(tmp_path / "kaggle")
     for path in list(kaggle.iterdir()):
         path.rename(kaggle / "x")
@@ -264,6 +265,15 @@ def test_a_folder_without_permission(main, tmp_path):
     assert status == 2 and "runs" in line and "--out" in line
 
 
+def test_a_folder_that_cannot_be_written_to(main, tmp_path, monkeypatch, finished):
+    """As root may write everywhere: the system says so."""
+    def denied(dir):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(caps.tempfile, "TemporaryFile", denied)
+    status, line = main("--data-dir", finished.parent / "data")
+    assert status == 2 and "runs: no files" in line and "Permission denied" in line and not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_while_the_checkpoint_is_written(few, main, tmp_path):
     """At first, when nothing is left but what was there; and later, when the old one is whole and can be gone on with."""
     few(tmp_path / "data")
@@ -361,6 +371,7 @@ def test_leftovers_of_a_launcher(main, monkeypatch, tmp_path, finished):
     last, data = finished / "last.pt", ["--data-dir", finished.parent / "data"]
     assert main("predict", "--checkpoint", last, ROOT / "docs/routing.png")[0] == 0
     assert main("report", finished, "--images", 20, *data)[0] == 0
+    assert "accumulate" not in (tmp_path / "report/report.md").read_text()  # defaults of several processes
     assert main("eval", "--checkpoint", last, "--out", "e", *data)[0] == 0
     for name in left.keys() - {"TORCHELASTIC_RESTART_COUNT"}:
         monkeypatch.setenv(name, "")
