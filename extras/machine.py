@@ -96,9 +96,8 @@ def forgo_restarts():
     """The exit status of a mistake of all processes, which torchrun shall not repeat by starting this process again. run.sh's takes a
     job for finished, but for the file CAPS_RUNNING, without which run.sh ends with 2; another torchrun is stopped."""
     if torchrun_waits():
-        with contextlib.suppress(KeyError, FileNotFoundError):
-            os.remove(os.environ["CAPS_RUNNING"])
-        if "CAPS_RUNNING" in os.environ:
+        if running := os.environ.get("CAPS_RUNNING"):
+            pathlib.Path(running).unlink(missing_ok=True)
             return 0
         if os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
             if os.environ.get("LOCAL_RANK") == "0":

@@ -11,6 +11,8 @@ import caps
 
 ROOT = Path(__file__).parent.parent
 CAPS = str(ROOT / "caps.py")
+RUN = ROOT / "run.sh"
+SET_UP = (Path(sys.prefix) / ".caps-setup").exists()  # this environment was made by run.sh
 FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
          "t10k": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
 
@@ -20,6 +22,17 @@ def command(*words, cwd, **environment):
     environment = {k: v for k, v in os.environ.items() if k != "CAPS_DATA"} | environment
     return subprocess.run([sys.executable, CAPS, *map(str, words)], cwd=cwd, env=environment, capture_output=True,
                           text=True, timeout=400)
+
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "CAPS_DATA"} | {
+    "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # the latter as run.sh has it
+
+
+def torchrun(processes, *words, cwd, program=CAPS, options=("--standalone",), **environment):
+    """The real torchrun with `program`, finished."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options, str(program),
+         *map(str, words)], cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=600)
 
 
 def refused(result, *expected):

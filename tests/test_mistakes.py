@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import CAPS, FILES, ROOT, command, no_download, refused, start, write_idx
+from common import CAPS, FILES, ROOT, RUN, SET_UP, command, no_download, refused, start, torchrun, write_idx
 
 import caps
 from caps.csrc import extension
@@ -71,13 +71,6 @@ def full_disk(kilobytes):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def torchrun(processes, *words, cwd, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), CAPS,
-         *map(str, words)], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "CAPS_DATA": ""} | environment,
-        capture_output=True, text=True, timeout=300)
 
 
 # --------------------------------------------------------------------------------------- wrong results, without a word
@@ -182,7 +175,7 @@ def test_a_named_folder_without_the_set_is_an_error(main, tmp_path, monkeypatch)
     assert status == 2 and "nowhere" in line and "--data-dir" in line and not list(tmp_path.iterdir())
 
 
-def test_check_says_what_is_taken_instead(main, monkeypatch, tmp_path, capsys):
+def test_check_says_what_is_taken_instead(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(caps, "SHARED_OPTIONS", caps.SHARED_OPTIONS | {"--data-dir": {}})  # as without CAPS_DATA
     no_download(monkeypatch)
@@ -308,12 +301,12 @@ def test_a_full_disk_while_pictures_are_written(main, tmp_path, finished):
     assert not list(tmp_path.rglob("*.png")) + list(tmp_path.rglob(".*.png"))
 
 
-@pytest.mark.skipif(not (Path(sys.prefix) / ".caps-setup").exists(), reason="this environment was not made by run.sh")
+@pytest.mark.skipif(not SET_UP, reason="this environment was not made by run.sh")
 def test_a_full_disk_ends_several_processes_at_once(few, tmp_path):
     few(tmp_path / "data", train=13)
     with full_disk(20_000):  # for the children too
         result = subprocess.run(
-            [str(ROOT / "run.sh"), "ddp", "2", "--data-dir", "data", "--epochs", "3", "--out", "run"], cwd=tmp_path,
+            [str(RUN), "ddp", "2", "--data-dir", "data", "--epochs", "3", "--out", "run"], cwd=tmp_path,
             env=os.environ | {"VENV": sys.prefix}, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-3000:]
     assert result.stderr.count("cannot be written") == 1 and "run/last.pt is whole" in result.stderr
@@ -381,15 +374,13 @@ def test_leftovers_of_a_launcher(main, monkeypatch, tmp_path, finished):
 def test_waiting_for_processes_that_never_come_is_said(monkeypatch, capsys):
     monkeypatch.setenv("MASTER_ADDR", "somewhere")
     monkeypatch.setenv("MASTER_PORT", "29417")
-    monkeypatch.setattr(machine.threading, "Timer", lambda _, *how: threading_timer(0.05, *how))
+    timer = machine.threading.Timer
+    monkeypatch.setattr(machine.threading, "Timer", lambda _, *how: timer(0.05, *how))
     with machine.patience(0, 2):
         time.sleep(0.5)
     assert "rank 0 of 2 waits for the others at somewhere:29417" in capsys.readouterr().err
     with pytest.raises(caps.UserError, match="2 processes do not meet at somewhere:29417 .timed out"), machine.patience(0, 2):
         raise RuntimeError("timed out")
-
-
-threading_timer = machine.threading.Timer
 
 
 @pytest.mark.parametrize("half", ["without pip", "dangling python"])

@@ -5,23 +5,12 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from common import CAPS, command
+from common import CAPS, ENVIRONMENT, RUN, SET_UP, command, torchrun
 
 import caps
-
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "CAPS_DATA"} | {
-    "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # the latter as run.sh has it
-
-
-def torchrun(processes, *words, cwd, program=CAPS, options=("--standalone",), **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options, str(program),
-         *map(str, words)], cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=600)
-
 
 def weights(folder):
     return torch.load(folder / "last.pt", weights_only=True)["model"]
@@ -223,10 +212,6 @@ def test_a_missing_data_set_is_reported_once(tmp_path):
     assert result.returncode != 0
     assert sum(line.startswith("caps: mnist:") for line in result.stderr.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
-
-
-RUN = Path(CAPS).with_name("run.sh")
-SET_UP = (Path(sys.prefix) / ".caps-setup").exists()
 
 
 @pytest.mark.skipif(not SET_UP, reason="this environment was not made by run.sh")
