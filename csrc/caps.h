@@ -74,7 +74,10 @@ CAPS_HD T norm_scale(T largest) {
 // ---- checks: before any memory is touched, and naming the argument, what it is and what was expected ---------------
 
 struct Sizes {
-  int64_t B = 0, N = 0, K = 0, J = 0, D = 0, T = 0;
+  int64_t B = 0, N = 0, K = 0, J = 0, D = 0, T = 0;  // K = -1: the votes are stored
+
+  bool stored() const { return K < 0; }
+  bool empty() const { return B == 0 || N == 0 || K == 0 || J == 0 || D == 0; }
 };
 
 using Dims = std::initializer_list<int64_t>;  // -1: any
@@ -144,7 +147,7 @@ inline Sizes check_routing(const Tensor& votes, int64_t T) {
   check_iterations(T);
   check_floating("votes", votes);
   check_shape("votes", votes, "[B, N, J, D]", {-1, -1, -1, -1});
-  return {votes.size(0), votes.size(1), 0, votes.size(2), votes.size(3), T};
+  return {votes.size(0), votes.size(1), -1, votes.size(2), votes.size(3), T};
 }
 
 inline Sizes check_gradient(const Tensor& grad, const Tensor& sums, const char* name, const Tensor& data, Sizes n) {

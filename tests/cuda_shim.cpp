@@ -27,13 +27,12 @@ std::unique_ptr<Real[]> workspace(int64_t wanted) {
   return numbers;
 }
 
+caps::Sizes sizes(const int64_t* n) { return {n[0], n[1], n[2], n[3], n[4], n[5]}; }
+
 template <class Real>
 int forward(const int64_t* n, const Real* votes, const Real* inputs, const Real* weight, Real* v, Real* sums) {
   return guarded([&] {
-    const caps::Sizes sizes = {n[0], n[1], n[2], n[3], n[4], n[5]};
-    caps::cuda::with_plan<Real>(sizes, {votes, inputs, weight}, nullptr, [&](const auto& plan) {
-      plan.forward(v, sums, workspace<Real>(plan.forward_workspace()).get());
-    });
+    caps::cuda::run_forward<Real>(sizes(n), {votes, inputs, weight}, v, sums, nullptr, workspace<Real>);
   });
 }
 
@@ -41,10 +40,8 @@ template <class Real>
 int backward(const int64_t* n, const Real* votes, const Real* inputs, const Real* weight, const Real* grad,
              const Real* sums, Real* grad_source, Real* grad_weight) {
   return guarded([&] {
-    const caps::Sizes sizes = {n[0], n[1], n[2], n[3], n[4], n[5]};
-    caps::cuda::with_plan<Real>(sizes, {votes, inputs, weight}, nullptr, [&](const auto& plan) {
-      plan.backward(grad, sums, grad_source, grad_weight, workspace<Real>(plan.backward_workspace()).get());
-    });
+    caps::cuda::run_backward<Real>(sizes(n), {votes, inputs, weight}, grad, sums, grad_source, grad_weight, nullptr,
+                                   workspace<Real>);
   });
 }
 
@@ -69,15 +66,16 @@ EXPORT(float, float32)
 EXPORT(double, float64)
 
 extern "C" const char* shim_error() { return last_error.c_str(); }
-extern "C" void shim_settings(unsigned order, int multiprocessors, int shared_limit) {
-  shim::settings = {order, multiprocessors, shared_limit};
-}
+extern "C" void shim_turns(unsigned turns) { shim::turns = turns; }
 
 #ifdef CAPS_SHIM_MAIN
 template <class Real>
 void exercise(std::vector<int64_t> n, unsigned order) {
-  shim::settings = {order, int(order % 3 + 1), order % 2 ? 227 << 10 : 80 << 10};
+  shim::turns = order;
   const int64_t B = n[0], N = n[1], K = n[2], J = n[3], D = n[4], T = n[5];
+  const bool stored = K < 0;
+  const int64_t votes_size = B * N * J * D, inputs_size = stored ? votes_size : B * N * K;
+  const int64_t weight_size = stored ? 0 : N * J * D * K;
   std::mt19937 random(order);
   const auto fill = [&](int64_t size) {
     auto numbers = workspace<Real>(size);
@@ -85,10 +83,10 @@ void exercise(std::vector<int64_t> n, unsigned order) {
       numbers[i] = std::normal_distribution<Real>()(random);
     return numbers;
   };
-  const auto inputs = fill(B * N * std::max<int64_t>(K, J * D)), weight = fill(N * J * D * K), grad = fill(B * J * D);
+  const auto inputs = fill(inputs_size), weight = fill(weight_size), grad = fill(B * J * D);
   const auto v = workspace<Real>(B * J * D), sums = workspace<Real>(T * B * J * D);
-  const auto gu = workspace<Real>(B * N * (K ? K : J * D)), gw = workspace<Real>(N * J * D * K);
-  const Real* const votes = K ? nullptr : inputs.get();
+  const auto gu = workspace<Real>(inputs_size), gw = workspace<Real>(weight_size);
+  const Real* const votes = stored ? inputs.get() : nullptr;
   if (forward<Real>(n.data(), votes, inputs.get(), weight.get(), v.get(), sums.get()) ||
       backward<Real>(n.data(), votes, inputs.get(), weight.get(), grad.get(), sums.get(), gu.get(), gw.get()) ||
       squash_backward_float32(0, 1, nullptr, nullptr, nullptr))
@@ -99,15 +97,17 @@ void exercise(std::vector<int64_t> n, unsigned order) {
         throw std::runtime_error("an output is not finite");
   };
   finite(v, B * J * D), finite(sums, T * B * J * D);
-  finite(gu, B * N * (K ? K : J * D)), finite(gw, N * J * D * K);
+  finite(gu, inputs_size), finite(gw, weight_size);
 }
 
 int main() try {
-  // B, N, K (0: stored votes), J, D, T
+  // B, N, K (-1: stored votes), J, D, T
   const std::vector<std::vector<int64_t>> all = {
-      {3, 5, 8, 10, 16, 3},  {33, 2, 8, 10, 16, 2}, {3, 9, 0, 10, 16, 3}, {1, 1, 1, 1, 1, 1},   {5, 3, 9, 3, 7, 2},
-      {2, 2, 17, 70, 15, 2}, {4, 3, 0, 7, 5, 4},    {0, 3, 4, 2, 3, 2},   {2, 0, 4, 2, 3, 2},   {0, 3, 0, 2, 3, 2},
-      {2, 2, 300, 2, 3, 1},  {70, 3, 4, 2, 4, 2},   {1, 2, 3, 300, 4, 2}, {2, 17, 8, 10, 16, 1}};
+      {3, 5, 8, 10, 16, 3},   {33, 2, 8, 10, 16, 2}, {3, 9, -1, 10, 16, 3}, {1, 1, 1, 1, 1, 1},   {5, 3, 9, 3, 7, 2},
+      {2, 2, 17, 70, 15, 2},  {4, 3, -1, 7, 5, 4},   {0, 3, 4, 2, 3, 2},    {2, 0, 4, 2, 3, 2},   {0, 3, -1, 2, 3, 2},
+      {2, 2, 300, 2, 3, 1},   {70, 3, 4, 2, 4, 2},   {1, 2, 3, 300, 4, 2},  {2, 17, 8, 10, 16, 1}, {9, 3, 8, 17, 16, 2},
+      {10, 2, 8, 33, 16, 2},  {5, 2, 8, 65, 16, 2},  {3, 3, -1, 65, 16, 2}, {2, 3, 0, 2, 3, 2},   {2, 3, 4, 0, 3, 2},
+      {2, 3, -1, 2, 0, 2},    {2, 2, 5, 500, 3, 2},  {2, 2, -1, 500, 3, 2}};
   unsigned order = 0;
   for (const auto& n : all)
     exercise<float>(n, order++), exercise<double>(n, order++);

@@ -29,9 +29,11 @@
 #define __launch_bounds__(...)
 #define CAPS_LAUNCH(kernel, grid, block, shared, stream) shim::bind(kernel, grid, block, shared, stream)
 #define CAPS_SHARED(name) unsigned char* const name = shim::block.shared.data() + shim::block.offset
+#define CAPS_READ_THREAD(name) const unsigned name = threadIdx.x
 #define SHIM_TEXT(x) #x
 #define SHIM_PLACE(line) __FILE__ ":" SHIM_TEXT(line)
 #define __syncthreads() shim::wait(false, SHIM_PLACE(__LINE__))
+#define __syncwarp() (void)0
 #define __shfl_xor_sync(mask, value, offset) shim::shuffle_xor(mask, value, offset, SHIM_PLACE(__LINE__))
 #define threadIdx (shim::block.threads[shim::block.running].index)
 #define blockIdx shim::block.index
@@ -65,11 +67,7 @@ struct Thread {
 constexpr int warp = 32, guard = 4096;
 constexpr size_t stack_size = 256 << 10;
 
-struct Settings {
-  unsigned order = 0;  // of threads and blocks: 0 ascending, 1 descending, else the seed of a shuffle
-  int multiprocessors = 4, shared_limit = 227 << 10;
-};
-inline Settings settings;
+inline unsigned turns = 0;  // of threads and blocks: 0 ascending, 1 descending, else the seed of a shuffle
 
 struct Block {
   Index index, size, grid;
@@ -129,10 +127,10 @@ inline bool release(int first, int count, decltype(Thread::state) state) {
 inline std::vector<unsigned> order(unsigned count, unsigned salt) {
   std::vector<unsigned> all(count);
   std::iota(all.begin(), all.end(), 0);
-  if (settings.order == 1)
+  if (turns == 1)
     std::reverse(all.begin(), all.end());
-  else if (settings.order > 1)
-    std::shuffle(all.begin(), all.end(), std::mt19937(settings.order + salt));
+  else if (turns > 1)
+    std::shuffle(all.begin(), all.end(), std::mt19937(turns + salt));
   return all;
 }
 
@@ -156,9 +154,9 @@ inline void run_block(unsigned index, size_t shared) {
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, run_thread, 0);
   }
-  const auto turns = order(count, index);
+  const auto in_turn = order(count, index);
   for (bool finished = false; !finished;) {
-    for (unsigned i : turns)
+    for (unsigned i : in_turn)
       if (block.threads[i].state == Thread::ready) {
         block.running = i;
         swapcontext(&block.scheduler, &block.threads[i].context);
@@ -196,8 +194,8 @@ auto bind(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size
   return [=](const auto&... arguments) {
     if (threads == 0 || threads > 1024 || threads % warp)
       fail("a block of " + std::to_string(threads) + " threads");
-    if (shared > size_t(settings.shared_limit))
-      fail(std::to_string(shared) + " bytes of shared memory");
+    if (shared > 48 << 10)
+      fail(std::to_string(shared) + " bytes of shared memory, more than some GPUs have");
     const std::tuple<Parameters...> values(arguments...);
     block.size.x = threads;
     block.grid.x = blocks;
@@ -241,18 +239,19 @@ inline void __pipeline_wait_prior(int) {
 }
 
 // ---- the runtime ---------------------------------------------------------------------------------------------------
+//
+// No attribute of a device or of a kernel is here: what a result is made of depends on the sizes alone.
 
 using std::min;
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? shim::settings.multiprocessors : shim::settings.shared_limit;
-  return cudaSuccess;
+enum cudaMemcpyKind { cudaMemcpyDeviceToDevice };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
+  return std::memcpy(to, from, size), cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t) {
+  return std::memset(to, value, size), cudaSuccess;
 }

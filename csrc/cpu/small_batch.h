@@ -11,7 +11,7 @@ inline bool is_small_batch(const Sizes& n) { return n.B <= std::max<int64_t>(1, 
 
 // The shape that routing sees.
 inline Sizes votes_sizes(Sizes n) {
-  n.K = 0;
+  n.K = -1;
   return n;
 }
 

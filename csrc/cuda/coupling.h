@@ -11,26 +11,33 @@ namespace caps::cuda {
 
 // ---- a thread's fragment --------------------------------------------------------------------------------------------
 
-// The thread's part of Σ_d û a, for all samples of its team: a number per group.
+// Σ_d û a for all samples of the thread's team. At the models' K and D a j has four lanes, which add up their parts by
+// shuffles and write a quarter of the samples each; else a number per group.
 template <class Shape, class Real>
 __device__ void put_dot(const Seat<Shape>& seat, Real* parts, int slot, const Fragment<Shape, Real>& x,
                         const Fragment<Shape, Real>& a) {
-  Real dot[Shape::samples] = {};
+  constexpr int samples = Shape::samples;
+  Real dot[samples] = {};
 #pragma unroll
   for (int q = 0; q < rows; ++q)
 #pragma unroll
-    for (int s = 0; s < Shape::samples; ++s)
+    for (int s = 0; s < samples; ++s)
       dot[s] += x.at[q][s] * a.at[q][s];
-  if (seat.owns(slot))
-    store<Shape::samples>(dot, parts + seat.group(slot) * seat.z.stride + seat.sample());
+  if constexpr (Shape::fixed) {
+    static_assert(Shape::per_j == 4 && samples % 4 == 0);
+    scatter_sums<samples, 2, 1>(dot);
+    if (seat.owns(slot))
+      store<samples / 4>(dot, parts + seat.j(slot) * Shape::stride + seat.sample() + threadIdx.x % 4 * (samples / 4));
+  } else if (seat.owns(slot)) {
+    store<samples>(dot, parts + int64_t(seat.group(slot)) * seat.z.stride + seat.sample());
+  }
 }
 
 template <class Shape, class Real>
 __device__ void add_scaled(const Seat<Shape>& seat, const Real* scales, int slot, const Fragment<Shape, Real>& a,
                            Fragment<Shape, Real>& sum) {
-  Real scale[Shape::samples] = {};
-  if (Shape::fixed || seat.owns(slot))
-    load<Shape::samples>(scales + seat.j(slot) * seat.z.stride + seat.sample(), scale);
+  Real scale[Shape::samples];
+  load<Shape::samples>(scales + int64_t(seat.j(slot)) * seat.z.stride + seat.sample(), scale);
 #pragma unroll
   for (int q = 0; q < rows; ++q)
 #pragma unroll
@@ -38,9 +45,9 @@ __device__ void add_scaled(const Seat<Shape>& seat, const Real* scales, int slot
       sum.at[q][s] += scale[s] * a.at[q][s];
 }
 
-// ---- softmax over J, by four threads a sample -----------------------------------------------------------------------
-
-constexpr int quad = 4;  // threads that share a sample's softmax: one of them has j, j + quad, …
+// ---- softmax over J, by a few threads a sample ----------------------------------------------------------------------
+//
+// `sharers` threads side by side share a sample's softmax: one of them has j, j + sharers, …
 
 // Its numbers: in registers, or where they end up.
 template <class Shape, class Real>
@@ -54,47 +61,56 @@ struct PerCapsule {
     if constexpr (Shape::fixed)
       return own[m];
     else
-      return array[j * stride];
+      return array[int64_t(j) * stride];
   }
 };
 
 template <class Shape, class F>
-__device__ void each_capsule(int J, F&& f) {
-  const int first = threadIdx.x % quad;
+__device__ void each_capsule(const Shape& z, int first, int J, F&& f) {
   if constexpr (Shape::fixed) {
 #pragma unroll
-    for (int m = 0; m * quad < Shape::J; ++m)
-      if (first + m * quad < J)
-        f(first + m * quad, m);
+    for (int m = 0; m < 4; ++m)
+      if (first + m * z.sharers < J)
+        f(first + m * z.sharers, m);
   } else {
-    for (int j = first; j < J; j += quad)
+    for (int j = first; j < J; j += z.sharers)
       f(j, 0);
   }
 }
 
-// c = softmax_j(b), and h = c (p - Σ_k c_k p_k) if asked for.
-template <bool backward, class Shape, class Real>
+// c = softmax_j(b), and h = c (p - Σ_k c_k p_k) if asked for; c itself may then stay in registers.
+template <bool backward, bool write_c = true, class Shape, class Real>
 __device__ void couple(const Shape& z, const Real* logits, const Real* agreement, Real* coupling, Real* change) {
-  for (int s0 = 0; s0 < z.tile; s0 += blockDim.x / quad) {
-    const int s = s0 + threadIdx.x / quad, J = s < z.tile ? z.J : 0;
+  CAPS_READ_THREAD(tid);
+#pragma unroll 1
+  for (int s0 = 0; s0 < z.tile; s0 += blockDim.x / z.sharers) {
+    const int s = s0 + tid / z.sharers, J = s < z.tile ? z.J : 0;
     const auto gather = [&](const Real* parts, int j) {
       Real sum = 0;
-#pragma unroll
-      for (int g = 0; g < z.per_j; ++g)
-        sum += parts[(j * z.per_j + g) * z.stride + s];
+      for (int g = 0; g < z.parts_per_j; ++g)
+        sum += parts[(int64_t(j) * z.parts_per_j + g) * z.stride + s];
       return sum;
     };
     PerCapsule<Shape, Real> c(coupling + s, z.stride), h(change + s, z.stride);
+    const auto each = [&](auto&& f) { each_capsule(z, tid % z.sharers, J, f); };
     Real largest = -INFINITY, sum = 0, mean = 0;
-    each_capsule<Shape>(J, [&](int j, int m) { largest = fmax(largest, c.at(j, m) = gather(logits, j)); });
-    largest = max_across(largest, quad);
-    each_capsule<Shape>(J, [&](int j, int m) { sum += c.at(j, m) = exp(c.at(j, m) - largest); });
-    const Real scale = 1 / sum_across(sum, quad);
-    each_capsule<Shape>(J, [&](int j, int m) { coupling[j * z.stride + s] = c.at(j, m) *= scale; });
+    each([&](int j, int m) { largest = fmax(largest, c.at(j, m) = gather(logits, j)); });
+    largest = max_across(largest, z.sharers);
+    each([&](int j, int m) { sum += c.at(j, m) = exp(c.at(j, m) - largest); });
+    const Real scale = 1 / sum_across(sum, z.sharers);
+    each([&](int j, int m) {
+      c.at(j, m) *= scale;
+      if constexpr (Shape::fixed && write_c)
+        coupling[j * z.stride + s] = c.at(j, m);
+    });
     if constexpr (backward) {
-      each_capsule<Shape>(J, [&](int j, int m) { mean += c.at(j, m) * (h.at(j, m) = gather(agreement, j)); });
-      mean = sum_across(mean, quad);
-      each_capsule<Shape>(J, [&](int j, int m) { change[j * z.stride + s] = c.at(j, m) * (h.at(j, m) - mean); });
+      each([&](int j, int m) { mean += c.at(j, m) * (h.at(j, m) = gather(agreement, j)); });
+      mean = sum_across(mean, z.sharers);
+      each([&](int j, int m) {
+        h.at(j, m) = c.at(j, m) * (h.at(j, m) - mean);
+        if constexpr (Shape::fixed)
+          change[j * z.stride + s] = h.at(j, m);
+      });
     }
   }
 }

@@ -5,11 +5,19 @@
 #include "coupling.h"
 #include "votes.h"
 
+#include <type_traits>
+
 namespace caps::cuda {
 
 struct Gradients {
   int B, N, T, splits, length;  // a split is `length` samples; each makes its own gW
 };
+
+// Threads that are to share a multiprocessor, as route_threads() of route.h: two slots hold twice as much.
+template <class Shape>
+constexpr int gradients_threads() {
+  return Fragments<Shape, float, true>::count > 1 ? 256 : 512;
+}
 
 // ---- what becomes of gû ---------------------------------------------------------------------------------------------
 
@@ -20,102 +28,133 @@ struct VoteGradients;
 template <class Shape, class Real>
 struct VoteGradients<StoredVotes<Shape, Real>> {
   const Seat<Shape>& seat;
+  const StoredVotes<Shape, Real>& votes;
   const Gradients& n;
   Real* const grad_votes;
 
-  __device__ VoteGradients(const Seat<Shape>& seat, const StoredVotes<Shape, Real>&, const Gradients& n,
-                           Real* grad_votes, Real*, Real*)
-      : seat(seat), n(n), grad_votes(grad_votes) {}
+  __device__ VoteGradients(const Seat<Shape>& seat, StoredVotes<Shape, Real>& votes, const Gradients& n,
+                           Real* grad_votes, Real*, Real*, Real*)
+      : seat(seat), votes(votes), n(n), grad_votes(grad_votes) {}
   __device__ void begin(int, int) {}
   __device__ void tile(int i, int b0, int end, const Fragments<Shape, Real>& result) {
-    const int J_D = seat.z.J_D;
+    const int64_t pitch = int64_t(n.N) * seat.z.J_D;
+#pragma unroll
     for (int slot = 0; slot < seat.z.slots; ++slot)
-      if (seat.active)
-        write(seat, grad_votes + int64_t(i) * J_D, int64_t(n.N) * J_D, end, b0, slot, result.get(slot));
+      write(seat, grad_votes + (b0 * pitch + int64_t(i) * seat.z.J_D), pitch, end - b0, slot, seat.z.full_groups,
+            result.get(slot));
   }
   __device__ void finish(int) {}
 };
 
-// W u: gu_bi = Σ_j W_ijᵀ gû_ij, and the sum of gW_ij = Σ_b gû_ij u_biᵀ. At the models' sizes from registers: a warp's
-// 8 lanes are left with parts of gu, and its 4 teams with a row of gW each.
-template <class Real, int samples>
-struct VoteGradients<RecomputedVotes<ModelSizes<Real, samples>, Real>> {
-  using Shape = ModelSizes<Real, samples>;
-  static constexpr int K = Shape::K, tile_size = Shape::tile * K;
-  static_assert(K == 8 && rows == Shape::teams);
+// W u: gu_bi = Σ_j W_ijᵀ gû_ij, and the sum of gW_ij = Σ_b gû_ij u_biᵀ. At the models' K and D from registers: a warp's
+// lanes are left with parts of gu, and its teams with rows of gW.
+template <class Shape_, class Real>
+struct RegisterGradients {
+  using Shape = Shape_;
+  using Votes = RecomputedVotes<Shape, Real, Shape::ends_in_pieces>;
+  static constexpr int K = Shape::K, samples = Shape::samples, half = K / 2;  // half of gu at a time: less registers
+  static constexpr int tile_size = Shape::tile * K, own_rows = rows / Shape::teams;
+  static_assert(!Shape::ends_in_pieces || Shape::depth == half);
   const Seat<Shape>& seat;
-  const RecomputedVotes<Shape, Real>& votes;
+  Votes& votes;
   const Gradients& n;
   Real *const grad_inputs, *const grad_weights, *const partial;
   Real* grad_weight = nullptr;
-  Real gw[rows * K] = {};
+  Real gw[Shape::slots][rows * K];
+
+  __device__ RegisterGradients(const Seat<Shape>& seat, Votes& votes, const Gradients& n, Real* grad_inputs,
+                               Real* grad_weights, Real* partial, Real*)
+      : seat(seat), votes(votes), n(n), grad_inputs(grad_inputs), grad_weights(grad_weights), partial(partial) {}
 
   __device__ void begin(int, int split) {
-    grad_weight = grad_weights + int64_t(split) * n.N * Shape::J_D * K;
+    grad_weight = grad_weights + int64_t(split) * n.N * seat.z.J_D * K;
 #pragma unroll
-    for (Real& x : gw)
-      x = 0;
+    for (auto& row : gw)
+#pragma unroll
+      for (Real& x : row)
+        x = 0;
   }
 
   __device__ void tile(int i, int b0, int end, const Fragments<Shape, Real>& result) {
-    const auto gv = result.get(0);
-    Real* const part = partial + threadIdx.x / 32 * tile_size + seat.sample();
 #pragma unroll
-    for (int half = 0; half < K; half += K / 2) {  // half of gu at a time: half as many registers
-      Real gu[K / 2 * samples] = {};
+    for (int slot = 0; slot < Shape::slots; ++slot) {
+      auto gv = result.get(slot);
 #pragma unroll
-      for (int k = 0; k < K / 2; k += Shape::step) {
-        Real w[rows][Shape::step];
+      for (int q = 0; q < rows; ++q)
 #pragma unroll
-        for (int q = 0; q < rows; ++q)
-          load<Shape::step>(votes.weight + q * K + half + k, w[q]);
-#pragma unroll
-        for (int l = 0; l < Shape::step; ++l) {
-          Real u[samples];
-          load<samples>(votes.inputs + (half + k + l) * Shape::stride, u);
-#pragma unroll
-          for (int q = 0; q < rows; ++q)
-#pragma unroll
-            for (int s = 0; s < samples; ++s) {
-              gu[(k + l) * samples + s] += w[q][l] * gv.at[q][s];
-              gw[q * K + half + k + l] += gv.at[q][s] * u[s];
-            }
-        }
+        for (int s = 0; s < samples; ++s)
+          gv.at[q][s] = seat.owns(slot) && b0 + seat.sample() + s < end ? gv.at[q][s] : 0;
+      if constexpr (Shape::ends_in_pieces) {
+        votes.each_piece([&](int k0) { multiply(slot, gv, k0, 0); });
+      } else {
+        multiply(slot, gv, 0, 0);
+        multiply(slot, gv, half, half);
       }
-      scatter_sums<K / 2 * samples, 4, 1>(gu);
-      const int own = threadIdx.x % 8 * (samples / 2);  // of the [K / 2, samples]
-#pragma unroll
-      for (int s = 0; s < samples / 2; ++s)
-        part[(half + own / samples) * Shape::tile + own % samples + s] = gu[s];
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
+#pragma unroll 1
+    for (unsigned e = threadIdx.x; e < tile_size; e += blockDim.x) {
       const int s = e / K;
       Real sum = 0;
-#pragma unroll
-      for (int w = 0; w < Shape::threads / 32; ++w)
+#pragma unroll 4
+      for (int w = 0; w < seat.z.threads / 32; ++w)
         sum += partial[w * tile_size + e % K * Shape::tile + s];
       if (b0 + s < end)
         grad_inputs[(int64_t(b0 + s) * n.N + i) * K + e % K] = sum;
     }
   }
 
+  // Components k0 .. k0 + K / 2 - 1, which begin at `at` in the piece in use.
+  __device__ void multiply(int slot, const Fragment<Shape, Real>& gv, int k0, int at) {
+    Real gu[half * samples] = {};
+    votes.template each_component<half>(at, [&](int l, const Real* w, const Real* u) {
+#pragma unroll
+      for (int q = 0; q < rows; ++q)
+#pragma unroll
+        for (int s = 0; s < samples; ++s) {
+          gu[l * samples + s] += w[q] * gv.at[q][s];
+          gw[slot][q * K + k0 + l] += gv.at[q][s] * u[s];
+        }
+    });
+    scatter_sums<half * samples, Shape::warp_lanes / 2, 1>(gu);
+    constexpr int left = half * samples > Shape::warp_lanes ? half * samples / Shape::warp_lanes : 1;
+    constexpr int sharing = left * Shape::warp_lanes / (half * samples);  // threads that are left with the same number
+    const int lane = threadIdx.x % Shape::warp_lanes, own = lane / sharing * left;  // of the [K / 2, samples]
+    Real* const part = partial + threadIdx.x / 32 * tile_size + (k0 + own / samples) * Shape::tile + seat.sample();
+    if (lane % sharing == 0)
+#pragma unroll
+      for (int s = 0; s < left; ++s)
+        part[own % samples + s] = slot ? part[own % samples + s] + gu[s] : gu[s];
+  }
+
   __device__ void finish(int i) {
-    scatter_sums<rows * K, 16, 8>(gw);
-    store<K>(gw, grad_weight + (int64_t(i) * Shape::J_D + seat.lane * rows + seat.team) * K);
+#pragma unroll
+    for (int slot = 0; slot < Shape::slots; ++slot) {
+      if constexpr (Shape::teams > 1)
+        scatter_sums<rows * K, 16, Shape::warp_lanes>(gw[slot]);
+      if (seat.owns(slot))
+        store<own_rows * K>(gw[slot], grad_weight + (int64_t(i) * seat.z.J_D + seat.group(slot) * rows +
+                                                     seat.team * own_rows) * K);
+    }
   }
 };
 
-// Else from gû in scratch: a thread takes one k and every so-manieth row (j, d) of W_i.
-template <class Real>
-struct VoteGradients<RecomputedVotes<AnySizes<Real>, Real>> {
-  using Shape = AnySizes<Real>;
+// Else from gû in global scratch: a thread takes one k and every so-manieth row of W_i.
+template <class Shape_, class Real>
+struct ScratchGradients {
+  using Shape = Shape_;
+  using Votes = RecomputedVotes<Shape, Real>;
   static constexpr int samples = Shape::samples;
   const Seat<Shape>& seat;
-  const RecomputedVotes<Shape, Real>& votes;
+  Votes& votes;
   const Gradients& n;
-  Real *const grad_inputs, *const grad_weights, *const partial;
+  Real *const grad_inputs, *const grad_weights, *const partial, *const grad_votes;
   Real* grad_weight = nullptr;
+
+  __device__ ScratchGradients(const Seat<Shape>& seat, Votes& votes, const Gradients& n, Real* grad_inputs,
+                              Real* grad_weights, Real* partial, Real* grad_votes)
+      : seat(seat), votes(votes), n(n), grad_inputs(grad_inputs), grad_weights(grad_weights), partial(partial),
+        grad_votes(grad_votes) {}
 
   __device__ void begin(int i, int split) {
     const int64_t size = int64_t(seat.z.J_D) * seat.z.K;
@@ -126,13 +165,15 @@ struct VoteGradients<RecomputedVotes<AnySizes<Real>, Real>> {
 
   __device__ void tile(int i, int b0, int end, const Fragments<Shape, Real>& result) {
     const Shape& z = seat.z;
+    if constexpr (Shape::in_registers)
+      Fragments<Shape, Real, false>(seat, grad_votes).put(0, result.get(0));
     const int deep = z.K < z.threads ? z.K : z.threads, row_lanes = z.threads / deep;
     const int l = threadIdx.x % deep, row_lane = threadIdx.x / deep;
     __syncthreads();
     for (int k0 = 0; k0 < z.K; k0 += deep) {
       if (k0 + l < z.K && row_lane < row_lanes)
         for (int team = 0; team < z.teams; ++team)
-          multiply(i, b0 + team * samples, end, result.array + team * samples, k0 + l, row_lane, row_lanes,
+          multiply(i, b0 + team * samples, end, grad_votes + team * samples, k0 + l, row_lane, row_lanes,
                    partial + ((team * row_lanes + row_lane) * deep + l) * samples);
       __syncthreads();
       for (int e = threadIdx.x; e < z.tile * deep; e += blockDim.x) {
@@ -147,18 +188,19 @@ struct VoteGradients<RecomputedVotes<AnySizes<Real>, Real>> {
     }
   }
 
-  __device__ void multiply(int i, int b, int end, const Real* grad_votes, int k, int row_lane, int row_lanes,
-                           Real* part) {
+  __device__ void multiply(int i, int b, int end, const Real* grad_votes, int k, int row_lane, int row_lanes, Real* part) {
     const Shape& z = seat.z;
     Real u[samples], gu[samples] = {};
     for (int s = 0; s < samples; ++s)
       u[s] = b + s < end ? votes.source.inputs[(int64_t(b + s) * n.N + i) * z.K + k] : 0;
-    for (int row = row_lane; row < z.J_D; row += row_lanes) {
-      const int group = row / z.D * z.per_j + row % z.D / rows, q = row % z.D % rows;
+    for (int padded = row_lane; padded < z.groups * rows; padded += row_lanes) {
+      const int row = z.row(padded);
+      if (row == z.J_D)
+        continue;
       const int64_t at = (int64_t(i) * z.J_D + row) * z.K + k;
       const Real w = votes.source.weight[at];
       Real gv[samples], gw = 0;
-      load<samples>(grad_votes + int64_t(q * z.groups + group) * z.stride, gv);
+      load<samples>(grad_votes + (int64_t(padded % rows) * z.groups + padded / rows) * z.stride, gv);
       for (int s = 0; s < samples; ++s) {
         gu[s] += w * gv[s];
         gw += gv[s] * u[s];
@@ -171,63 +213,88 @@ struct VoteGradients<RecomputedVotes<AnySizes<Real>, Real>> {
   __device__ void finish(int) {}
 };
 
+template <class Shape, class Real, bool twice>
+struct VoteGradients<RecomputedVotes<Shape, Real, twice>>
+    : std::conditional_t<Shape::fixed, RegisterGradients<Shape, Real>, ScratchGradients<Shape, Real>> {
+  using Base = std::conditional_t<Shape::fixed, RegisterGradients<Shape, Real>, ScratchGradients<Shape, Real>>;
+  using Base::Base;
+};
+
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
+// `workspace`: each block's scratch, if it is not in shared memory, and gû if it has to pass from thread to thread.
 template <class Votes, class Shape = typename Votes::Shape, class Real = typename Votes::Real>
-__global__ void __launch_bounds__(Shape::max_threads, resident<Shape, Real>(false))
+__global__ void __launch_bounds__(gradients_threads<Shape>(), 1)
     gradients(const Shape z, const Source<Real> source, const Gradients n, const Real* V, const Real* gs,
               Real* grad_source, Real* grad_weight, Real* workspace) {
   CAPS_SHARED(memory);
   Real* const shared = reinterpret_cast<Real*>(memory);
   const Scratch at(z, Votes::recompute, true, true);
-  Real* const scratch = workspace ? workspace + blockIdx.x * at.size : shared + 2 * at.piece;
+  Real* const global = workspace + blockIdx.x * at.global(z, Votes::recompute, true);
+  Real* const scratch = Shape::in_registers ? shared + 2 * at.piece : global;
   const Seat<Shape> seat(z);
   Votes votes(seat, source, n.B, n.N, shared, at);
   Fragments<Shape, Real> kept(seat, scratch + at.kept), result(seat, scratch + at.result);
-  Fragments<Shape, Real, true> kept_V(seat, nullptr), kept_gs(seat, nullptr);
-  VoteGradients<Votes> ending{seat, votes, n, grad_source, grad_weight, scratch + at.partial};
+  constexpr bool hold = Shape::in_registers && Fragments<Shape, Real, true>::count == 1;  // V and gs for their two uses
+  VoteGradients<Votes> ending(seat, votes, n, grad_source, grad_weight, scratch + at.partial,
+                              Shape::in_registers ? global : scratch + at.result);
 
-  for (int64_t item = blockIdx.x; item < int64_t(n.N) * n.splits; item += gridDim.x) {
+  each_item<Shape>(int64_t(n.N) * n.splits, [&](int64_t item) {
     const int i = item % n.N, split = item / n.N;
     const int first = split * n.length, end = min(first + n.length, n.B);
     ending.begin(i, split);
     votes.start(i, first, 0, z.tile, (end - first + z.tile - 1) / z.tile);
 
     for (int b0 = first; b0 < end; b0 += z.tile) {
-      const auto fetch = [&](const Real* array, int t, int slot) {
-        return read(seat, array + int64_t(t - 1) * n.B * z.J_D, z.J_D, end, b0, slot);
+      const auto fetch = [&](const Seat<Shape>& seat, const Real* array, int t, int slot) {
+        return read(seat, array + (int64_t(t - 1) * n.B + b0) * z.J_D, z.J_D, end - b0, slot, z.full_groups);
       };
-      for (int slot = 0; slot < z.slots; ++slot) {
+      const auto each_slot = [&](auto&& f) {
+#pragma unroll
+        for (int slot = 0; slot < z.slots; ++slot)
+          f(slot);
+      };
+      each_slot([&](int slot) {
         kept.put(slot, votes.get(slot));
-        auto sum = fetch(gs, 1, slot);
+        __syncwarp();  // nothing is loaded before; else gs is, early, and gW is spilled for it
+        auto sum = fetch(seat, gs, 1, slot);
 #pragma unroll
         for (int q = 0; q < rows; ++q)
 #pragma unroll
           for (int s = 0; s < Shape::samples; ++s)
             sum.at[q][s] *= Real(1) / z.J;
         result.put(slot, sum);
-      }
+      });
       for (int t = n.T; t >= 2; --t) {
-        for (int slot = 0; slot < z.slots; ++slot) {
-          kept_V.put(slot, fetch(V, t - 1, slot));
-          kept_gs.put(slot, fetch(gs, t, slot));
-          put_dot(seat, scratch + at.logits, slot, kept.get(slot), kept_V.get(slot));
-          put_dot(seat, scratch + at.agreement, slot, kept.get(slot), kept_gs.get(slot));
-        }
+        Fragments<Shape, Real, true> held_V(seat, nullptr), held_gs(seat, nullptr);
+        const Seat<Shape> here(z);  // anew, twice: else addresses are kept in registers, and gW is spilled for them
+        each_slot([&](int slot) {
+          const auto V_x = fetch(here, V, t - 1, slot);
+          put_dot(here, scratch + at.logits, slot, kept.get(slot), V_x);
+          if constexpr (!hold)
+            __syncwarp();
+          const auto gs_x = fetch(here, gs, t, slot);
+          put_dot(here, scratch + at.agreement, slot, kept.get(slot), gs_x);
+          if constexpr (hold)
+            held_V.put(slot, V_x), held_gs.put(slot, gs_x);
+        });
         __syncthreads();
         couple<true>(z, scratch + at.logits, scratch + at.agreement, scratch + at.coupling, scratch + at.change);
         __syncthreads();
-        for (int slot = 0; slot < z.slots; ++slot) {
+        const Seat<Shape> there(z);
+        each_slot([&](int slot) {
           auto sum = result.get(slot);
-          add_scaled(seat, scratch + at.coupling, slot, Shape::fixed ? kept_gs.get(slot) : fetch(gs, t, slot), sum);
-          add_scaled(seat, scratch + at.change, slot, Shape::fixed ? kept_V.get(slot) : fetch(V, t - 1, slot), sum);
+          add_scaled(there, scratch + at.coupling, slot, hold ? held_gs.get(slot) : fetch(there, gs, t, slot), sum);
+          if constexpr (!hold)
+            __syncwarp();
+          add_scaled(there, scratch + at.change, slot, hold ? held_V.get(slot) : fetch(there, V, t - 1, slot), sum);
           result.put(slot, sum);
-        }
+        });
       }
       ending.tile(i, b0, end, result);
     }
     ending.finish(i);
-  }
+  });
 }
 
 }  // namespace caps::cuda

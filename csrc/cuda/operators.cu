@@ -63,21 +63,16 @@ Tensor squash_backward(const Tensor& grad_, const Tensor& s_) {
   return gs;
 }
 
+// A plan's workspace: `count` numbers like those of a tensor.
 template <class Real>
-void run_forward(const Sizes& n, const Source<Real>& source, const Tensor& v, const Tensor& sums, cudaStream_t stream) {
-  with_plan(n, source, stream, [&](const auto& plan) {
-    const Tensor workspace = empty(v, {plan.forward_workspace()});
-    plan.forward(data<Real>(v), data<Real>(sums), data<Real>(workspace));
-  });
-}
-
-template <class Real>
-void run_backward(const Sizes& n, const Source<Real>& source, const Tensor& grad, const Tensor& sums, Real* grad_source,
-                  Real* grad_weight, cudaStream_t stream) {
-  with_plan(n, source, stream, [&](const auto& plan) {
-    const Tensor workspace = empty(grad, {plan.backward_workspace()});
-    plan.backward(data<Real>(grad), data<Real>(sums), grad_source, grad_weight, data<Real>(workspace));
-  });
+auto numbers_like(const Tensor& tensor) {
+  return [&tensor](int64_t count) {
+    struct Workspace {
+      Tensor tensor;
+      Real* get() const { return data<Real>(tensor); }
+    };
+    return Workspace{empty(tensor, {count})};
+  };
 }
 
 std::tuple<Tensor, Tensor> capsule_linear(const Tensor& inputs_, const Tensor& weight_, int64_t iterations) {
@@ -87,7 +82,8 @@ std::tuple<Tensor, Tensor> capsule_linear(const Tensor& inputs_, const Tensor& w
   const Tensor v = empty(inputs, {n.B, n.J, n.D}), sums = empty(inputs, {n.T, n.B, n.J, n.D});
   dispatch(inputs, [&](auto number) {
     using Real = decltype(number);
-    run_forward<Real>(n, {nullptr, data<Real>(inputs), data<Real>(weight)}, v, sums, context.stream);
+    const Source<Real> source = {nullptr, data<Real>(inputs), data<Real>(weight)};
+    run_forward(n, source, data<Real>(v), data<Real>(sums), context.stream, numbers_like<Real>(inputs));
   });
   return {v, sums};
 }
@@ -101,8 +97,9 @@ std::tuple<Tensor, Tensor> capsule_linear_backward(const Tensor& grad_, const Te
   const Tensor grad_inputs = torch::stable::empty_like(inputs), grad_weight = torch::stable::empty_like(weight);
   dispatch(inputs, [&](auto number) {
     using Real = decltype(number);
-    run_backward<Real>(n, {nullptr, data<Real>(inputs), data<Real>(weight)}, grad, sums, data<Real>(grad_inputs),
-                       data<Real>(grad_weight), context.stream);
+    const Source<Real> source = {nullptr, data<Real>(inputs), data<Real>(weight)};
+    run_backward(n, source, data<Real>(grad), data<Real>(sums), data<Real>(grad_inputs), data<Real>(grad_weight),
+                 context.stream, numbers_like<Real>(inputs));
   });
   return {grad_inputs, grad_weight};
 }
@@ -114,7 +111,7 @@ std::tuple<Tensor, Tensor> routing(const Tensor& votes_, int64_t iterations) {
   const Tensor v = empty(votes, {n.B, n.J, n.D}), sums = empty(votes, {n.T, n.B, n.J, n.D});
   dispatch(votes, [&](auto number) {
     using Real = decltype(number);
-    run_forward<Real>(n, {data<Real>(votes), nullptr, nullptr}, v, sums, context.stream);
+    run_forward<Real>(n, {data<Real>(votes)}, data<Real>(v), data<Real>(sums), context.stream, numbers_like<Real>(votes));
   });
   return {v, sums};
 }
@@ -126,8 +123,8 @@ Tensor routing_backward(const Tensor& grad_, const Tensor& votes_, const Tensor&
   const Tensor sums = torch::stable::contiguous(sums_), grad_votes = torch::stable::empty_like(votes);
   dispatch(votes, [&](auto number) {
     using Real = decltype(number);
-    run_backward<Real>(n, {data<Real>(votes), nullptr, nullptr}, grad, sums, data<Real>(grad_votes), nullptr,
-                       context.stream);
+    run_backward<Real>(n, {data<Real>(votes)}, data<Real>(grad), data<Real>(sums), data<Real>(grad_votes), nullptr,
+                       context.stream, numbers_like<Real>(votes));
   });
   return grad_votes;
 }

@@ -6,7 +6,16 @@
 #include "outputs.h"
 #include "route.h"
 
+#include <cmath>
+#include <type_traits>
+
 namespace caps::cuda {
+
+// Of `count` steps that follow each other in all blocks together, how many one block takes. What comes once a block
+// (its share is written and read again) costs about as much as a step; what is lost at the end, when some
+// multiprocessors wait for others, about half a block: the cost per step of a GPU of some 132 multiprocessors is least
+// near this root. From the sizes alone, so that every GPU adds the same numbers in the same order.
+inline int64_t steps_per_block(int64_t count) { return std::max<int64_t>(1, int64_t(std::sqrt(double(count) / 64))); }
 
 // How one call is cut into blocks, and the workspace that it needs, counted in numbers.
 template <class RouteVotes, class GradientVotes>
@@ -17,43 +26,32 @@ class Plan {
   const typename GradientVotes::Shape gradients_shape;
   const Source<Real> source;
   const cudaStream_t stream;
-  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const int64_t outputs = n.B * n.J * n.D, weights = n.N * n.J * n.D * n.K;
-  const Route forward_passes = cut_route(false), backward_passes = cut_route(true);
+  const int64_t outputs = n.B * n.J * n.D, weights = RouteVotes::recompute ? n.N * n.J * n.D * n.K : 0;
+  const Route passes = cut_route();
   const Gradients last = cut_gradients();
 
-  // All blocks at once on the multiprocessors if they are enough; a chunk of fewer than 8 capsules would not pay.
-  Route cut_route(bool backward) const {
-    using Shape = typename RouteVotes::Shape;
-    const int64_t room = resident<Shape, Real>(backward) * multiprocessors, tiles = ceil_div(n.B, route_shape.tile);
-    const int64_t most = tiles ? std::max<int64_t>(1, room / tiles) : 1;
-    const int64_t length = std::max<int64_t>(1, ceil_div(n.N, std::max<int64_t>(1, std::min(most, ceil_div(n.N, 8)))));
+  Route cut_route() const {
+    const int64_t tiles = ceil_div(n.B, route_shape.tile), length = std::min(n.N, steps_per_block(tiles * n.N));
     return {int(n.B), int(n.N), int(tiles), int(ceil_div(n.N, length)), int(length)};
   }
-  // One split unless there are few capsules; the gradients of votes have no sum over samples, so a split is a tile.
+  // The gradients of votes have no sum over samples, so a split is a tile.
   Gradients cut_gradients() const {
     const int64_t tiles = ceil_div(n.B, gradients_shape.tile);
-    const int64_t most = n.N && GradientVotes::recompute ? std::max<int64_t>(1, 3 * multiprocessors / n.N) : tiles;
-    const int64_t length = tiles ? ceil_div(tiles, std::min(most, tiles)) * gradients_shape.tile : 1;
-    return {int(n.B), int(n.N), int(n.T), int(tiles ? ceil_div(n.B, length) : 1), int(length)};
+    const int64_t length = GradientVotes::recompute ? std::min(tiles, steps_per_block(tiles * n.N)) : 1;
+    return {int(n.B), int(n.N), int(n.T), int(ceil_div(tiles, length)), int(length * gradients_shape.tile)};
   }
 
   struct Cost {
-    int64_t blocks, shared, scratch;  // shared memory in bytes; scratch: what does not fit there
+    int64_t blocks, shared, scratch;  // shared memory in bytes; scratch: in the workspace, of all blocks
   };
-
   template <class Shape>
   Cost cost(const Shape& shape, bool backward, bool gradients, int64_t items) const {
     const Scratch at(shape, RouteVotes::recompute, backward, gradients);
-    const int64_t pieces = 2 * at.piece * int64_t(sizeof(Real)), all = pieces + at.size * int64_t(sizeof(Real));
-    if (all <= shared_limit)
-      return {std::min<int64_t>(items, 1 << 30), all, 0};
-    const int64_t blocks = std::min(items, multiprocessors);  // each block has its own scratch in the workspace
-    return {blocks, pieces, blocks * at.size};
+    const int64_t global = at.global(shape, RouteVotes::recompute, gradients);
+    const int64_t blocks = std::min<int64_t>(items, global ? 256 : 1 << 30);  // each has scratch of its own
+    return {blocks, at.template shared<Real>(shape), blocks * global};
   }
   Cost route_cost(bool backward) const {
-    const Route& passes = backward ? backward_passes : forward_passes;
     return cost(route_shape, backward, false, int64_t(passes.tiles) * passes.chunks);
   }
   Cost gradients_cost() const { return cost(gradients_shape, true, true, n.N * last.splits); }
@@ -75,13 +73,13 @@ class Plan {
     Real *V, *gs, *g, *shares, *route_scratch, *gradients_scratch, *grad_weights;
   };
   ForwardArrays cut_forward(Cutter& take) const {
-    return {take(outputs), take(forward_passes.chunks * outputs), take(route_cost(false).scratch)};
+    return {take(outputs), take(passes.chunks * outputs), take(route_cost(false).scratch)};
   }
   BackwardArrays cut_backward(Cutter& take) const {
     return {take((n.T - 1) * outputs),
             take(n.T * outputs),
             take(outputs),
-            take(backward_passes.chunks * outputs),
+            take(passes.chunks * outputs),
             take(route_cost(true).scratch),
             take(gradients_cost().scratch),
             take(last.splits > 1 ? last.splits * weights : 0)};
@@ -91,7 +89,7 @@ class Plan {
   void run_route(const Real* V, const Real* gs, Real* shares, Real* scratch) const {
     const Cost c = route_cost(pass == Pass::backward);
     launch(route<pass, RouteVotes>, c.blocks, route_shape.threads, c.shared, stream, route_shape, source,
-           pass == Pass::backward ? backward_passes : forward_passes, V, gs, shares, scratch);
+           passes, V, gs, shares, scratch);
   }
 
  public:
@@ -113,26 +111,26 @@ class Plan {
   void forward(Real* v, Real* sums, Real* workspace) const {
     Cutter take{workspace};
     const ForwardArrays a = cut_forward(take);
-    const Spread spread(n.B * n.J, n.D, forward_passes.chunks);
+    const Spread spread(n.B * n.J, n.D, passes.chunks);
     for (int64_t t = 1; t <= n.T; ++t) {
       if (t == 1)
         run_route<Pass::uniform>(nullptr, nullptr, a.shares, a.scratch);
       else
         run_route<Pass::forward>(a.V, nullptr, a.shares, a.scratch);
       launch(advance<Real>, spread.blocks(), Spread::threads, Spread::threads * sizeof(Real), stream, spread, a.shares,
-             forward_passes.chunks, t == 1, sums + (t - 1) * outputs, v, a.V);
+             passes.chunks, t == 1, sums + (t - 1) * outputs, v, a.V);
     }
   }
 
   void backward(const Real* grad, const Real* sums, Real* grad_source, Real* grad_weight, Real* workspace) const {
     Cutter take{workspace};
     const BackwardArrays a = cut_backward(take);
-    const Spread alone(n.B * n.J, n.D, 1), spread(n.B * n.J, n.D, backward_passes.chunks);
+    const Spread alone(n.B * n.J, n.D, 1), spread(n.B * n.J, n.D, passes.chunks);
     launch(prepare<Real>, alone.blocks(), Spread::threads, 0, stream, alone, n.T, sums, grad, a.V, a.gs);
     for (int64_t t = n.T; t >= 2; --t) {
       run_route<Pass::backward>(a.V + (t - 2) * outputs, a.gs + (t - 1) * outputs, a.shares, a.route_scratch);
       launch(retreat<Real>, spread.blocks(), Spread::threads, Spread::threads * sizeof(Real), stream, spread, a.shares,
-             backward_passes.chunks, t == n.T, sums + (t - 2) * outputs, a.g, a.gs + (t - 2) * outputs);
+             passes.chunks, t == n.T, sums + (t - 2) * outputs, a.g, a.gs + (t - 2) * outputs);
     }
     const Cost c = gradients_cost();
     launch(gradients<GradientVotes>, c.blocks, gradients_shape.threads, c.shared, stream, gradients_shape, source, last,
@@ -145,29 +143,96 @@ class Plan {
 
 // ---- which kernels --------------------------------------------------------------------------------------------------
 
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+// f(shape of route, shape of gradients): by the sizes alone. Where J is larger, a block has room for fewer samples.
+// gradients holds gW besides: with 8 samples it would spill.
+template <class Real, class F>
+void with_shapes(const Sizes& n, F&& f) {
+  if constexpr (std::is_same_v<Real, float>)
+    if (n.D == 16 && (n.K == 8 || n.stored())) {
+      if (n.J <= 8)
+        return f(ModelSizes<Real, 8, 8, 1, 4, 8>(n), ModelSizes<Real, 8, 4, 1, 4, 8>(n));
+      if (n.J <= 16)
+        return f(ModelSizes<Real, 16, 8, 1, 4, 8>(n), ModelSizes<Real, 16, 4, 1, 4, 8>(n));
+      if (n.J <= 32)
+        return f(ModelSizes<Real, 32, 8, 1, 2, 8>(n), ModelSizes<Real, 32, 4, 1, 2, 8>(n));
+      if (n.J <= 64)
+        return f(ModelSizes<Real, 64, 8, 1, 1, 4>(n), ModelSizes<Real, 64, 4, 2, 2, 4>(n));
+      if (n.J <= 112)
+        return f(ModelSizes<Real, 128, 8, 2, 1, 4>(n), ModelSizes<Real, 128, 4, 2, 1, 4>(n));
+    }
+  const AnySizes<Real, true> narrow(n);
+  const Scratch most(narrow, !n.stored(), true, true);
+  if (narrow.groups <= narrow.lanes && most.template shared<Real>(narrow) <= shared_limit)
+    f(narrow, narrow);
+  else
+    f(AnySizes<Real, false>(n), AnySizes<Real, false>(n));
+}
 
-// f(plan), for the votes W u or for stored ones.
+// f(plan), for the votes W u or for stored ones. No axis is empty.
 template <class Real, class F>
 void with_plan(const Sizes& n, const Source<Real>& source, cudaStream_t stream, F&& f) {
-  // Kernels count each of them in an int, and go on by a tile at most.
-  STD_TORCH_CHECK(std::max({n.B, n.N, n.K, n.J * n.D, n.T}) < 1 << 30, "sizes are expected below 2^30");
-  // gradients holds gW's 32 numbers besides: with as many samples as route it would spill four or five times as much.
-  using RouteModel = ModelSizes<Real, 2 * pack<Real>>;
-  using GradientsModel = ModelSizes<Real, pack<Real>>;
-  using Any = AnySizes<Real>;
-  const bool model = n.J == RouteModel::J && n.D == RouteModel::D;
-  if (n.K == 0) {
-    if (model && aligned(source.votes))
-      f(Plan<StoredVotes<RouteModel, Real>, StoredVotes<GradientsModel, Real>>(n, source, stream, {}, {}));
-    else
-      f(Plan<StoredVotes<Any, Real>, StoredVotes<Any, Real>>(n, source, stream, Any(n), Any(n)));
-  } else {
-    if (model && n.K == RouteModel::K && aligned(source.weight))
-      f(Plan<RecomputedVotes<RouteModel, Real>, RecomputedVotes<GradientsModel, Real>>(n, source, stream, {}, {}));
-    else
-      f(Plan<RecomputedVotes<Any, Real>, RecomputedVotes<Any, Real>>(n, source, stream, Any(n), Any(n)));
+  // Kernels count each of them in an int, and go on by a tile at most; within a tile and a W_i they count numbers.
+  STD_TORCH_CHECK(std::max({n.B, n.N, n.K, 32 * n.J * n.D, n.J * n.D * n.K, n.T}) < 1 << 30,
+                  "sizes are expected below 2^30");
+  with_shapes<Real>(n, [&](const auto& route_shape, const auto& gradients_shape) {
+    using RouteShape = std::decay_t<decltype(route_shape)>;
+    using GradientsShape = std::decay_t<decltype(gradients_shape)>;
+    if (n.stored()) {
+      using Votes = StoredVotes<GradientsShape, Real>;  // for route as well: samples that share no W need not be many
+      f(Plan<Votes, Votes>(n, source, stream, gradients_shape, gradients_shape));
+    } else {
+      using GradientVotes = RecomputedVotes<GradientsShape, Real, GradientsShape::ends_in_pieces>;
+      f(Plan<RecomputedVotes<RouteShape, Real>, GradientVotes>(n, source, stream, route_shape, gradients_shape));
+    }
+  });
+}
+
+// ---- the operators on arrays; numbers(count) makes room for so many --------------------------------------------------
+
+// f(source), whose rows of 16 bytes, if it has such, begin at multiples of them: copied if need be, for with kernels of
+// its own an unaligned tensor would have results of its own.
+template <class Real, class Numbers, class F>
+void with_aligned(const Sizes& n, Source<Real> source, cudaStream_t stream, Numbers&& numbers, F&& f) {
+  const Real*& data = n.stored() ? source.votes : source.weight;
+  source.whole = n.stored() ? n.D % rows == 0 : n.K % pack<Real> == 0;
+  if (!source.whole || reinterpret_cast<uintptr_t>(data) % 16 == 0)
+    return f(source);
+  const int64_t size = n.N * n.J * n.D * (n.stored() ? n.B : n.K);
+  const auto copy = numbers(size);
+  check(cudaMemcpyAsync(copy.get(), data, size * sizeof(Real), cudaMemcpyDeviceToDevice, stream));
+  data = copy.get();
+  f(source);
+}
+
+// Without a vote, outputs and gradients are 0.
+template <class Real, class Numbers>
+void run_forward(const Sizes& n, const Source<Real>& given, Real* v, Real* sums, cudaStream_t stream,
+                 Numbers&& numbers) {
+  if (n.empty()) {
+    fill_zeros(v, n.B * n.J * n.D, stream);
+    return fill_zeros(sums, n.T * n.B * n.J * n.D, stream);
   }
+  with_aligned(n, given, stream, numbers, [&](const auto& source) {
+    with_plan(n, source, stream, [&](const auto& plan) {
+      const auto workspace = numbers(plan.forward_workspace());
+      plan.forward(v, sums, workspace.get());
+    });
+  });
+}
+
+template <class Real, class Numbers>
+void run_backward(const Sizes& n, const Source<Real>& given, const Real* grad, const Real* sums, Real* grad_source,
+                  Real* grad_weight, cudaStream_t stream, Numbers&& numbers) {
+  if (n.empty()) {
+    fill_zeros(grad_source, n.stored() ? 0 : n.B * n.N * n.K, stream);
+    return fill_zeros(grad_weight, n.stored() ? 0 : n.N * n.J * n.D * n.K, stream);
+  }
+  with_aligned(n, given, stream, numbers, [&](const auto& source) {
+    with_plan(n, source, stream, [&](const auto& plan) {
+      const auto workspace = numbers(plan.backward_workspace());
+      plan.backward(grad, sums, grad_source, grad_weight, workspace.get());
+    });
+  });
 }
 
 template <class Real>

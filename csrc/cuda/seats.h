@@ -1,4 +1,4 @@
-// A thread's place in its block, and its fragment of votes or sums: `rows` components of one j for a few samples, in
+// A thread's place in its block, and its fragments of votes or sums: `rows` components of one j for a few samples, in
 // registers or in scratch, read from and written to tensors. Builds on sizes.h.
 #pragma once
 
@@ -28,19 +28,21 @@ __device__ void load(const Real* from, Real* to) {
 
 template <int count, class Real>
 __device__ void store(const Real* from, Real* to) {
+  constexpr int size = count < pack<Real> ? count : pack<Real>;
 #pragma unroll
-  for (int first = 0; first < count; first += pack<Real>) {
-    Pack<Real> x;
+  for (int first = 0; first < count; first += size) {
+    Pack<Real, size> x;
 #pragma unroll
-    for (int s = 0; s < pack<Real>; ++s)
+    for (int s = 0; s < size; ++s)
       x.at[s] = from[first + s];
-    *reinterpret_cast<Pack<Real>*>(to + first) = x;
+    *reinterpret_cast<Pack<Real, size>*>(to + first) = x;
   }
 }
 
 // ---- seats ----------------------------------------------------------------------------------------------------------
 
-// The place of a thread in its block. The few threads beyond the last team repeat its work and write nothing.
+// The place of a thread in its block. Some lanes may have no group in a slot, and a few threads no team: they work as
+// the others do, on zeros or on what another has, and write nothing.
 template <class Shape>
 struct Seat {
   const Shape& z;
@@ -48,35 +50,49 @@ struct Seat {
   bool active = true;
 
   __device__ explicit Seat(const Shape& z) : z(z) {
-    const int tid = threadIdx.x;
-    // A warp is 8 lanes of each of the 4 teams. It so reads 8 groups' rows of W and 4 teams' samples of u, 64 bytes of
-    // shared memory each, where 32 lanes of one team would read 256 and 16; and all samples of a tile meet in a warp,
-    // which adds their parts of gW by shuffles.
+    CAPS_READ_THREAD(tid);
     if constexpr (Shape::fixed) {
-      lane = tid / 32 * 8 + tid % 8;
-      team = tid % 32 / 8;
+      lane = tid / 32 * Shape::warp_lanes + tid % Shape::warp_lanes;
+      team = tid % 32 / Shape::warp_lanes;
     } else {
-      active = tid / z.lanes < z.teams;
       lane = tid % z.lanes;
-      team = active ? tid / z.lanes : z.teams - 1;
+      team = tid / z.lanes;
+      active = team < z.teams;
+      team = min(team, z.teams - 1);
     }
   }
   __device__ int group(int slot) const { return slot * z.lanes + lane; }
   __device__ bool owns(int slot) const { return active && group(slot) < z.groups; }
-  __device__ int j(int slot) const { return group(slot) / z.per_j; }
+  __device__ int j(int slot) const { return min(group(slot) / z.per_j, z.J - 1); }
   __device__ int d(int slot) const { return group(slot) % z.per_j * rows; }
   __device__ int sample() const { return team * Shape::samples; }
 };
 
+// f(item) for the block's items: one, but for AnySizes, which may have fewer blocks for the sake of the workspace.
+template <class Shape, class F>
+__device__ void each_item(int64_t items, F&& f) {
+  if constexpr (Shape::fixed)
+    f(blockIdx.x);
+  else
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x)
+      f(item);
+}
+
 // ---- where a thread keeps its fragments -----------------------------------------------------------------------------
 
-// A thread's fragments, one per slot: in a register, or in scratch as rows [q, group] of the samples of the tile.
-template <class Shape, class Real, bool in_registers = Shape::fixed>
+// A thread's fragments, one per slot: in registers, or in global scratch as rows [q, group] of the samples of the tile.
+template <class Shape, class Real, bool in_registers = Shape::in_registers>
 struct Fragments {
-  Fragment<Shape, Real> only;
+  static constexpr int count = [] {
+    if constexpr (Shape::fixed)
+      return Shape::slots;
+    else
+      return 1;
+  }();
+  Fragment<Shape, Real> at[count];
   __device__ Fragments(const Seat<Shape>&, Real*) {}
-  __device__ Fragment<Shape, Real> get(int) const { return only; }
-  __device__ void put(int, const Fragment<Shape, Real>& x) { only = x; }
+  __device__ Fragment<Shape, Real> get(int slot) const { return at[count == 1 ? 0 : slot]; }
+  __device__ void put(int slot, const Fragment<Shape, Real>& x) { at[count == 1 ? 0 : slot] = x; }
 };
 
 template <class Shape, class Real>
@@ -85,7 +101,7 @@ struct Fragments<Shape, Real, false> {
   Real* array;
   __device__ Fragments(const Seat<Shape>& seat, Real* array) : seat(seat), array(array) {}
   __device__ Real* row(int slot, int q) const {
-    return array + int64_t(q * seat.z.groups + seat.group(slot)) * seat.z.stride + seat.sample();
+    return array + (int64_t(q) * seat.z.groups + seat.group(slot)) * seat.z.stride + seat.sample();
   }
   __device__ Fragment<Shape, Real> get(int slot) const {
     Fragment<Shape, Real> x = {};
@@ -104,22 +120,24 @@ struct Fragments<Shape, Real, false> {
 
 // ---- fragments of tensors -------------------------------------------------------------------------------------------
 
-// The thread's part of an array [B, ...] whose samples lie `pitch` apart; 0 beyond its end.
-template <class Shape, class Real>
-__device__ Fragment<Shape, Real> read(const Seat<Shape>& seat, const Real* array, int64_t pitch, int B, int b0,
-                                      int slot) {
+// The thread's part of an array [left, ...], a tile's and what follows, whose samples lie `pitch` apart. Beyond its end
+// the last sample stands in, and for a lane without a group the last j: what is made of them is not written. whole:
+// every fragment's rows begin at a multiple of 16 bytes.
+template <class Shape, class Real, class Pitch>
+__device__ Fragment<Shape, Real> read(const Seat<Shape>& seat, const Real* array, Pitch pitch, int left, int slot,
+                                      bool whole) {
   Fragment<Shape, Real> x;
-  const Real* from = array + (b0 + seat.sample()) * pitch + seat.j(slot) * seat.z.D + seat.d(slot);
+  const int row_at = seat.j(slot) * seat.z.D + seat.d(slot);
 #pragma unroll
-  for (int s = 0; s < Shape::samples; ++s, from += pitch) {
-    Real row[rows] = {};
-    if (b0 + seat.sample() + s < B) {
-      if constexpr (Shape::fixed)
-        load<rows>(from, row);
-      else
-        for (int q = 0; q < rows; ++q)
-          row[q] = seat.owns(slot) && seat.d(slot) + q < seat.z.D ? from[q] : 0;
-    }
+  for (int s = 0; s < Shape::samples; ++s) {
+    const Real* const from = array + (min(seat.sample() + s, left - 1) * pitch + row_at);
+    Real row[rows];
+    if (whole)
+      load<rows>(from, row);
+    else
+#pragma unroll
+      for (int q = 0; q < rows; ++q)
+        row[q] = seat.d(slot) + q < seat.z.D ? from[q] : 0;
 #pragma unroll
     for (int q = 0; q < rows; ++q)
       x.at[q][s] = row[q];
@@ -127,22 +145,24 @@ __device__ Fragment<Shape, Real> read(const Seat<Shape>& seat, const Real* array
   return x;
 }
 
-template <class Shape, class Real>
-__device__ void write(const Seat<Shape>& seat, Real* array, int64_t pitch, int B, int b0, int slot,
+template <class Shape, class Real, class Pitch>
+__device__ void write(const Seat<Shape>& seat, Real* array, Pitch pitch, int left, int slot, bool whole,
                       const Fragment<Shape, Real>& x) {
-  Real* to = array + (b0 + seat.sample()) * pitch + seat.j(slot) * seat.z.D + seat.d(slot);
+  const int row_at = seat.j(slot) * seat.z.D + seat.d(slot);
 #pragma unroll
-  for (int s = 0; s < Shape::samples; ++s, to += pitch) {
+  for (int s = 0; s < Shape::samples; ++s) {
+    Real* const to = array + ((seat.sample() + s) * pitch + row_at);
     Real row[rows];
 #pragma unroll
     for (int q = 0; q < rows; ++q)
       row[q] = x.at[q][s];
-    if (b0 + seat.sample() + s < B) {
-      if constexpr (Shape::fixed)
+    if (seat.sample() + s < left && seat.owns(slot)) {
+      if (whole)
         store<rows>(row, to);
       else
+#pragma unroll
         for (int q = 0; q < rows; ++q)
-          if (seat.owns(slot) && seat.d(slot) + q < seat.z.D)
+          if (seat.d(slot) + q < seat.z.D)
             to[q] = row[q];
     }
   }

@@ -1,5 +1,5 @@
-// How many threads, samples and numbers a block has: at the models' sizes constants, else from the arguments; and where
-// its arrays lie in shared memory.
+// How many threads, samples and numbers a block has: for the models' K and D mostly constants, else from the arguments;
+// and where its arrays lie in shared memory.
 #pragma once
 
 #include "runtime.h"
@@ -12,8 +12,7 @@ namespace caps::cuda {
 //
 // A group is `rows` components d of one j. `lanes` threads side by side take one group each, for `samples` samples;
 // `teams` of them make a tile of samples; `slots` rounds cover all groups. W comes in pieces of `depth` of the K
-// components, read `step` numbers at a time. `pitch` and `stride` are padded against bank conflicts: else
-// a warp's 8 lanes would read W from the same banks, and 4 or 8 of its threads would copy u to the same.
+// components, of which a thread reads `step` at a time. `pitch` and `stride` are padded against bank conflicts.
 
 constexpr int rows = 4;
 
@@ -26,64 +25,103 @@ struct alignas(size * sizeof(Real)) Pack {
   Real at[size];
 };
 
-template <class Real, int samples_>
+// K = 8 and D = 16, and J up to most_J. A warp is 32 / teams lanes of each team: with four
+// teams it reads 8 groups' rows of W and 4 teams' samples of u, 64 bytes of shared memory each, where 32 lanes of one
+// team would read 256 and 16; and all samples of a tile meet in a warp, which adds their parts of gW by shuffles.
+template <class Real, int most_J, int samples_, int slots_, int teams_, int depth_>
 struct ModelSizes {
-  static constexpr bool fixed = true;
-  static constexpr int K = 8, J = 10, D = 16, J_D = J * D;
-  static constexpr int per_j = D / rows, groups = J * per_j, lanes = groups, slots = 1;
-  static constexpr int samples = samples_, teams = 4, tile = samples * teams, stride = tile + pack<Real>;
-  static constexpr int depth = K, step = pack<Real> / 2, pitch = rows * depth + pack<Real>;
-  static constexpr int threads = lanes * teams, max_threads = threads;
+  static constexpr bool fixed = true, in_registers = true, full_groups = true;
+  static constexpr int K = 8, D = 16, per_j = D / rows, parts_per_j = 1;
+  static constexpr int samples = samples_, slots = slots_, teams = teams_, depth = depth_;
+  static constexpr int warp_lanes = 32 / teams;
+  static constexpr int tile = samples * teams, stride = tile + (teams > 1 ? pack<Real> : 0);
+  static constexpr int step = teams == 4 ? pack<Real> / 2 : pack<Real>, pitch = rows * depth + pack<Real>;
+  static constexpr bool ends_in_pieces = slots > 1 || depth < K;  // gradients: else W_i is still there at the end
+  static constexpr int sharers = most_J / 4;  // of a sample's softmax: 4 output capsules each, in registers
+  int J, J_D, groups, lanes, threads;
+
+  explicit ModelSizes(const Sizes& n) : J(n.J), J_D(J * D), groups(J * per_j) {
+    lanes = round_up(ceil_div(groups, slots), warp_lanes);
+    threads = lanes * teams;
+  }
+  CAPS_HD int row(int padded) const { return padded; }
 };
 
-template <class Real>
-struct AnySizes {
-  static constexpr bool fixed = false;
-  static constexpr int samples = pack<Real>, max_threads = 256;
-  static constexpr int depth = 32 / sizeof(Real), step = 1, pitch = rows * depth + 1;
-  int K, J, D, J_D, per_j, groups, lanes, slots, teams, tile, stride, threads;
+// Any sizes. in_registers: one slot, and a thread's fragments are in registers; else all of a block's scratch is in
+// global memory.
+template <bool in_registers>
+struct AnySlots {
+  int slots;
+  void cover(int groups, int lanes) { slots = ceil_div(groups, lanes); }
+};
+template <>
+struct AnySlots<true> {
+  static constexpr int slots = 1;
+  void cover(int, int) {}
+};
+
+template <class Real, bool in_registers_>
+struct AnySizes : AnySlots<in_registers_> {
+  static constexpr bool fixed = false, in_registers = in_registers_;
+  static constexpr bool ends_in_pieces = false;
+  static constexpr int samples = pack<Real>, max_threads = 256, max_lanes = 224;
+  static constexpr int depth = pack<Real>, step = pack<Real>, pitch = rows * depth + pack<Real>, sharers = 4;
+  int K, J, D, J_D, per_j, parts_per_j, groups, lanes, teams, tile, stride, threads;
+  bool full_groups;  // D is a multiple of `rows`
 
   explicit AnySizes(const Sizes& n) : K(n.K), J(n.J), D(n.D), J_D(J * D) {
-    per_j = (D + rows - 1) / rows;
+    per_j = parts_per_j = ceil_div(D, rows);
     groups = J * per_j;
-    lanes = std::min(groups, max_threads);
-    slots = (groups + lanes - 1) / lanes;
+    full_groups = D % rows == 0;
+    lanes = std::min(groups, max_lanes);
+    this->cover(groups, lanes);
     teams = std::min(max_threads / lanes, 8);
     tile = samples * teams;
     stride = tile + (teams > 1 ? pack<Real> : 0);
-    threads = (lanes * teams + 31) / 32 * 32;  // shuffles are of whole warps
+    threads = round_up(lanes * teams, 32);  // shuffles are of whole warps
+  }
+  // Of row number `padded` of all groups, the row (j, d) of W_i; J·D where it has none.
+  CAPS_HD int row(int padded) const {
+    if (full_groups)
+      return padded;
+    const int group = padded / rows, d = group % per_j * rows + padded % rows;
+    return d < D ? group / per_j * D + d : J_D;
   }
 };
-
-// Blocks that are to share a multiprocessor: as many as their registers allow. Of 160 threads each, three leave 128
-// registers to a thread and two leave 168. The backward pass holds gs besides V: in 128 it would spill 256 bytes a
-// thread, not 60 (float32, sm_90).
-template <class Shape, class Real>
-constexpr int resident(bool backward) {
-  return Shape::fixed && sizeof(Real) == 4 && !backward ? 3 : 2;
-}
 
 // ---- scratch --------------------------------------------------------------------------------------------------------
 
 // Where a block's arrays begin, counted in numbers: first the two pieces, always in shared memory, then the rest.
 struct Scratch {
   int inputs_at, piece;
-  int64_t kept, result, logits, agreement, coupling, change, partial, size;
+  int64_t kept = 0, result, logits, agreement, coupling, change, partial, size;
 
   template <class Shape>
   __host__ __device__ Scratch(const Shape& z, bool recompute, bool backward, bool gradients) {
-    inputs_at = (z.lanes * z.pitch + 3) / 4 * 4;        // a multiple of 16 bytes, as load() expects
+    inputs_at = z.lanes * z.pitch;  // multiples of 16 bytes, as load() expects
     piece = recompute ? inputs_at + z.depth * z.stride : 0;
-    const int64_t parts = int64_t(z.groups) * z.stride, per_capsule = int64_t(z.J) * z.stride;
-    const int64_t fragments = z.fixed ? 0 : rows * parts;
-    kept = 0;                                           // û
-    result = kept + fragments;                          // the share of s, or gû
-    logits = result + fragments;                        // a number per group: û·V
+    const int64_t per_capsule = int64_t(z.J) * z.stride, parts = z.parts_per_j * per_capsule;
+    const int64_t fragments = z.in_registers ? 0 : int64_t(rows) * z.groups * z.stride;
+    result = kept + fragments;                          // û, then the share of s, or gû
+    logits = result + fragments;                        // û·V, in parts_per_j parts
     agreement = logits + parts;                         // and û·gs
-    coupling = agreement + (backward ? parts : 0);      // c
-    change = coupling + per_capsule;                    // h
+    coupling = agreement + (backward ? parts : 0);      // c, unless registers have it for h alone
+    change = coupling + (z.fixed && backward && !gradients ? 0 : per_capsule);  // h
     partial = change + (backward ? per_capsule : 0);    // the parts of gu
-    size = partial + (gradients && recompute ? int64_t(z.threads) * (z.fixed ? z.samples : z.tile) : 0);
+    size = partial + (gradients && recompute ? int64_t(z.fixed ? z.threads / 32 * z.K : z.threads) * z.tile : 0);
+  }
+
+  // What lies in shared memory, in bytes.
+  template <class Real, class Shape>
+  int64_t shared(const Shape& z) const {
+    return (2 * piece + (z.in_registers ? size : 0)) * int64_t(sizeof(Real));
+  }
+  // What each block has in global memory instead; where gû has to pass from thread to thread, it does so there.
+  template <class Shape>
+  CAPS_HD int64_t global(const Shape& z, bool recompute, bool gradients) const {
+    if (!z.in_registers)
+      return size;
+    return !z.fixed && gradients && recompute ? int64_t(rows) * z.groups * z.stride : 0;
   }
 };
 

@@ -8,9 +8,11 @@ namespace caps::cuda {
 // start(i, b0, di, db, count) announces `count` pairs of a capsule i and a tile of samples from b0 on, each (di, db)
 // after the last; get(slot) then gives their votes in this order, and is called by all threads of the block.
 
+// Votes, or inputs and weight. whole: rows of votes, or of W, are of 16 bytes each and begin at multiples of them.
 template <class Real>
 struct Source {
-  const Real *votes, *inputs, *weight;  // votes, or inputs and weight
+  const Real *votes = nullptr, *inputs = nullptr, *weight = nullptr;
+  bool whole = false;
 };
 
 template <class Shape_, class Real_>
@@ -31,15 +33,18 @@ struct StoredVotes {
   }
   __device__ void arrive() {}
   __device__ Fragment<Shape, Real> get(int slot) {
-    const auto x = read(seat, source.votes + int64_t(i) * seat.z.J_D, int64_t(N) * seat.z.J_D, B, b0, slot);
+    const int64_t pitch = int64_t(N) * seat.z.J_D;
+    const auto x = read(seat, source.votes + (b0 * pitch + int64_t(i) * seat.z.J_D), pitch, B - b0, slot,
+                        Shape::fixed || source.whole);
     if (slot == seat.z.slots - 1)
       i += di, b0 += db;
     return x;
   }
 };
 
-// û = W u, from pieces of W and u that are copied to shared memory while the one before is used.
-template <class Shape_, class Real_>
+// û = W u, from pieces of W and u that are copied to shared memory while the one before is used. twice: every pair is
+// gone through a second time after its votes, by each_piece.
+template <class Shape_, class Real_, bool twice = false>
 struct RecomputedVotes {
   using Shape = Shape_;
   using Real = Real_;
@@ -54,7 +59,7 @@ struct RecomputedVotes {
   const Real *weight = nullptr, *inputs = nullptr;  // this thread's part of the piece in use
   int i = 0, b0 = 0, di = 0, db = 0, left = 0, staged = 0;  // of the next piece to copy
   int slot = 0, k0 = 0, parity = 0;
-  bool arrived = false;
+  bool arrived = false, again = false;
 
   __device__ RecomputedVotes(const Seat<Shape>& seat, Source<Real> source, int B, int N, Real* shared,
                              const Scratch& at)
@@ -63,54 +68,73 @@ struct RecomputedVotes {
   __device__ void start(int first_i, int first_b, int step_i, int step_b, int count) {
     i = first_i, b0 = first_b, di = step_i, db = step_b, left = count;
     staged = slot = k0 = 0;
-    arrived = false;
+    arrived = again = false;
     stage();
   }
 
+  // Copies the next piece, if there is one left, to the buffer that is not in use.
   __device__ void stage() {
     if (left > 0) {
+      CAPS_READ_THREAD(tid);
       Real* const to = pieces + parity * piece;
+      const Real* const W_i = source.weight + int64_t(i) * z.J_D * z.K + k0;
       if constexpr (Shape::fixed) {
         // Both buffers hold the whole W_i already when only the samples change.
-        constexpr int size = Shape::J_D * Shape::K, at_once = Shape::threads * pack<Real>;
-        static_assert(size % at_once == 0);
-        if (di != 0 || staged < 2)
+        if (Shape::slots > 1 || di != 0 || staged < 2)
 #pragma unroll
-          for (int e0 = 0; e0 < size; e0 += at_once) {
-            const int e = e0 + threadIdx.x * pack<Real>;
-            copy<pack<Real>>(to + e / (rows * Shape::K) * Shape::pitch + e % (rows * Shape::K),
-                             source.weight + int64_t(i) * size + e, true);
-          }
+          for (int m = 0; m < rows * Shape::depth / pack<Real> / Shape::teams; ++m)
+            copy_weight(W_i, to, tid + m * z.threads);
       } else {
-        for (int e = threadIdx.x; e < z.lanes * rows * Shape::depth; e += blockDim.x) {
-          const int k = e % Shape::depth, q = e / Shape::depth % rows, lane = e / (rows * Shape::depth);
-          const int group = slot * z.lanes + lane, j = group / z.per_j, d = group % z.per_j * rows + q;
-          const bool inside = group < z.groups && d < z.D && k0 + k < z.K;
-          copy<1>(to + lane * Shape::pitch + e % (rows * Shape::depth),
-                  source.weight + (inside ? ((int64_t(i) * z.J + j) * z.D + d) * z.K + k0 + k : 0), inside);
-        }
+        for (unsigned e = tid; e < unsigned(z.lanes * rows); e += blockDim.x)
+          copy_weight(W_i, to, e);
       }
       // u is transposed on its way, a number at a time, so that a thread then loads its samples 16 bytes at a time.
-      for (int e = threadIdx.x; e < z.tile * Shape::depth; e += blockDim.x) {
+      const Real* const u_i = source.inputs + (int64_t(b0) * N + i) * z.K + k0;
+#pragma unroll 1
+      for (unsigned e = tid; e < unsigned(z.tile * Shape::depth); e += blockDim.x) {
         const int k = e % Shape::depth, s = e / Shape::depth;
-        const bool inside = b0 + s < B && k0 + k < z.K;
-        copy<1>(to + inputs_at + k * z.stride + s,
-                source.inputs + (inside ? (int64_t(b0 + s) * N + i) * z.K + k0 + k : 0), inside);
+        const bool inside = k0 + k < z.K;
+        // Beyond the end of the batch the last sample stands in, as in read().
+        copy<1>(to + inputs_at + k * z.stride + s, u_i + min(s, B - 1 - b0) * (int64_t(N) * z.K) + (inside ? k : 0),
+                Shape::fixed || inside);
       }
-      ++staged;
-      k0 += Shape::depth;
-      if (k0 >= z.K)
-        k0 = 0, ++slot;
-      if (slot == z.slots)
-        slot = 0, i += di, b0 += db, --left;
+      advance();
     }
     __pipeline_commit();
   }
 
+  // 16 bytes of a row of W_i: number e of this piece's. Where a lane has no row, W_i's first stands in.
+  __device__ void copy_weight(const Real* W_i, Real* to, unsigned e) {
+    constexpr unsigned row_packs = Shape::depth / pack<Real>;
+    const int lane_row = e / row_packs, k = e % row_packs * pack<Real>, row = z.row(slot * z.lanes * rows + lane_row);
+    const Real* const from = W_i + (row < z.J_D ? row * z.K : 0) + k;
+    to += e / (rows * row_packs) * Shape::pitch + lane_row % rows * Shape::depth + k;
+    if (Shape::fixed || source.whole)
+      copy<pack<Real>>(to, from, true);
+    else
+#pragma unroll
+      for (int l = 0; l < pack<Real>; ++l)
+        copy<1>(to + l, k0 + l < z.K ? from + l : W_i, k0 + l < z.K);
+  }
+
   template <int count>
   static __device__ void copy(Real* to, const Real* from, bool inside) {
-    // Outside of the tensor nothing is read, and zeros arrive.
+    // Beyond K zeros arrive, and nothing is read.
     __pipeline_memcpy_async(to, from, count * sizeof(Real), inside ? 0 : count * sizeof(Real));
+  }
+
+  // From a piece to the next: of the K components, the slots, the rounds, and the pairs.
+  __device__ void advance() {
+    ++staged;
+    k0 += Shape::depth;
+    if (k0 >= z.K)
+      k0 = 0, ++slot;
+    if (slot == z.slots) {
+      slot = 0;
+      again = twice && !again;
+      if (!again)
+        i += di, b0 += db, --left;
+    }
   }
 
   // Before a barrier that the block needs anyhow: it then serves the next piece as well.
@@ -119,36 +143,56 @@ struct RecomputedVotes {
     arrived = true;
   }
 
-  __device__ Fragment<Shape, Real> get(int) {
-    Fragment<Shape, Real> x = {};
-    for (int k1 = 0; k1 < z.K; k1 += z.depth) {
+  // f(k0) for the pieces of a slot, while `weight` and `inputs` are this thread's part of each.
+  template <class F>
+  __device__ void each_piece(F&& f) {
+#pragma unroll
+    for (int first = 0; first < z.K; first += Shape::depth) {
       if (!arrived) {
         __pipeline_wait_prior(0);
         __syncthreads();
       }
       arrived = false;
-      weight = pieces + parity * piece + seat.lane * z.pitch;
+      weight = pieces + parity * piece + seat.lane * Shape::pitch;
       inputs = pieces + parity * piece + inputs_at + seat.sample();
       parity ^= 1;
       stage();
+      f(first);
+    }
+  }
+
+  // f(l, w, u) for `count` components of the piece, from k on: number l of them, its rows of W, its samples of u.
+  template <int count, class F>
+  __device__ void each_component(int k, F&& f) {
 #pragma unroll
-      for (int k = 0; k < Shape::depth; k += Shape::step) {
-        Real w[rows][Shape::step];
+    for (int first = 0; first < count; first += Shape::step) {
+      Real w[rows][Shape::step];
+#pragma unroll
+      for (int q = 0; q < rows; ++q)
+        load<Shape::step>(weight + q * Shape::depth + k + first, w[q]);
+#pragma unroll
+      for (int l = 0; l < Shape::step; ++l) {
+        Real u[Shape::samples], column[rows];
+        load<Shape::samples>(inputs + (k + first + l) * z.stride, u);
 #pragma unroll
         for (int q = 0; q < rows; ++q)
-          load<Shape::step>(weight + q * Shape::depth + k, w[q]);
-#pragma unroll
-        for (int l = 0; l < Shape::step; ++l) {
-          Real u[Shape::samples];
-          load<Shape::samples>(inputs + (k + l) * z.stride, u);
-#pragma unroll
-          for (int q = 0; q < rows; ++q)
-#pragma unroll
-            for (int s = 0; s < Shape::samples; ++s)
-              x.at[q][s] += w[q][l] * u[s];
-        }
+          column[q] = w[q][l];
+        f(first + l, column, u);
       }
     }
+  }
+
+  __device__ Fragment<Shape, Real> get(int) {
+    Fragment<Shape, Real> x = {};
+    each_piece([&](int) {
+      each_component<Shape::depth>(0, [&](int, const Real* w, const Real* u) {
+#pragma unroll
+        for (int q = 0; q < rows; ++q)
+#pragma unroll
+          for (int s = 0; s < Shape::samples; ++s)
+            x.at[q][s] += w[q] * u[s];
+      });
+    });
     return x;
   }
 };
