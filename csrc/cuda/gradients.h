@@ -193,10 +193,8 @@ struct ScratchGradients {
     Real u[samples], gu[samples] = {};
     for (int s = 0; s < samples; ++s)
       u[s] = b + s < end ? votes.source.inputs[(int64_t(b + s) * n.N + i) * z.K + k] : 0;
-    for (int padded = row_lane; padded < z.groups * rows; padded += row_lanes) {
-      const int row = z.row(padded);
-      if (row == z.J_D)
-        continue;
+    for (int row = row_lane; row < z.J_D; row += row_lanes) {
+      const int padded = z.padded(row);
       const int64_t at = (int64_t(i) * z.J_D + row) * z.K + k;
       const Real w = votes.source.weight[at];
       Real gv[samples], gw = 0;

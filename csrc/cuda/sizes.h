@@ -36,6 +36,7 @@ struct ModelSizes {
   static constexpr int warp_lanes = 32 / teams;
   static constexpr int tile = samples * teams, stride = tile + (teams > 1 ? pack<Real> : 0);
   static constexpr int step = teams == 4 ? pack<Real> / 2 : pack<Real>, pitch = rows * depth + pack<Real>;
+  static constexpr bool two_pieces_are_all = slots == 1;          // of W_i, as K = 8
   static constexpr bool ends_in_pieces = slots > 1 || depth < K;  // gradients: else W_i is still there at the end
   static constexpr int sharers = most_J / 4;  // of a sample's softmax: 4 output capsules each, in registers
   int J, J_D, groups, lanes, threads;
@@ -44,7 +45,7 @@ struct ModelSizes {
     lanes = round_up(ceil_div(groups, slots), warp_lanes);
     threads = lanes * teams;
   }
-  CAPS_HD int row(int padded) const { return padded; }
+  CAPS_HD int row(int padded) const { return padded < J_D ? padded : J_D - 1; }
 };
 
 // Any sizes. in_registers: one slot, and a thread's fragments are in registers; else all of a block's scratch is in
@@ -63,7 +64,7 @@ struct AnySlots<true> {
 template <class Real, bool in_registers_>
 struct AnySizes : AnySlots<in_registers_> {
   static constexpr bool fixed = false, in_registers = in_registers_;
-  static constexpr bool ends_in_pieces = false;
+  static constexpr bool two_pieces_are_all = false, ends_in_pieces = false;
   static constexpr int samples = pack<Real>, max_threads = 256, max_lanes = 224;
   static constexpr int depth = pack<Real>, step = pack<Real>, pitch = rows * depth + pack<Real>, sharers = 4;
   int K, J, D, J_D, per_j, parts_per_j, groups, lanes, teams, tile, stride, threads;
@@ -80,12 +81,14 @@ struct AnySizes : AnySlots<in_registers_> {
     stride = tile + (teams > 1 ? pack<Real> : 0);
     threads = round_up(lanes * teams, 32);  // shuffles are of whole warps
   }
-  // Of row number `padded` of all groups, the row (j, d) of W_i; J·D where it has none.
+  // Rows number `padded` of all groups, and (j, d) of W_i. Where there is no such row of W_i, another.
   CAPS_HD int row(int padded) const {
-    if (full_groups)
-      return padded;
-    const int group = padded / rows, d = group % per_j * rows + padded % rows;
-    return d < D ? group / per_j * D + d : J_D;
+    const int group = padded / rows;
+    const int row = full_groups ? padded : group / per_j * D + group % per_j * rows + padded % rows;
+    return row < J_D ? row : J_D - 1;
+  }
+  CAPS_HD int padded(int row) const {
+    return full_groups ? row : (row / D * per_j + row % D / rows) * rows + row % D % rows;
   }
 };
 

@@ -77,44 +77,51 @@ struct RecomputedVotes {
     if (left > 0) {
       CAPS_READ_THREAD(tid);
       Real* const to = pieces + parity * piece;
-      const Real* const W_i = source.weight + int64_t(i) * z.J_D * z.K + k0;
-      if constexpr (Shape::fixed) {
-        // Both buffers hold the whole W_i already when only the samples change.
-        if (Shape::slots > 1 || di != 0 || staged < 2)
-#pragma unroll
-          for (int m = 0; m < rows * Shape::depth / pack<Real> / Shape::teams; ++m)
-            copy_weight(W_i, to, tid + m * z.threads);
-      } else {
-        for (unsigned e = tid; e < unsigned(z.lanes * rows); e += blockDim.x)
-          copy_weight(W_i, to, e);
-      }
-      // u is transposed on its way, a number at a time, so that a thread then loads its samples 16 bytes at a time.
-      const Real* const u_i = source.inputs + (int64_t(b0) * N + i) * z.K + k0;
-#pragma unroll 1
-      for (unsigned e = tid; e < unsigned(z.tile * Shape::depth); e += blockDim.x) {
-        const int k = e % Shape::depth, s = e / Shape::depth;
-        const bool inside = k0 + k < z.K;
-        // Beyond the end of the batch the last sample stands in, as in read().
-        copy<1>(to + inputs_at + k * z.stride + s, u_i + min(s, B - 1 - b0) * (int64_t(N) * z.K) + (inside ? k : 0),
-                Shape::fixed || inside);
-      }
+      if (!Shape::two_pieces_are_all || di != 0 || staged < 2)  // else both buffers have what they need of W_i already
+        copy_weight(to, tid);
+      copy_inputs(to + inputs_at, tid);
       advance();
     }
     __pipeline_commit();
   }
 
-  // 16 bytes of a row of W_i: number e of this piece's. Where a lane has no row, W_i's first stands in.
-  __device__ void copy_weight(const Real* W_i, Real* to, unsigned e) {
+  // Rows of W_i, 16 bytes of each at a time. Where a lane has no row, another stands in: what is made of it is not
+  // written.
+  __device__ void copy_weight(Real* to, unsigned tid) {
     constexpr unsigned row_packs = Shape::depth / pack<Real>;
-    const int lane_row = e / row_packs, k = e % row_packs * pack<Real>, row = z.row(slot * z.lanes * rows + lane_row);
-    const Real* const from = W_i + (row < z.J_D ? row * z.K : 0) + k;
-    to += e / (rows * row_packs) * Shape::pitch + lane_row % rows * Shape::depth + k;
-    if (Shape::fixed || source.whole)
-      copy<pack<Real>>(to, from, true);
-    else
+    const int k = tid % row_packs * pack<Real>, first = tid / row_packs, step = blockDim.x / row_packs;
+    const Real* const W_i = source.weight + int64_t(i) * z.J_D * z.K + (k0 + k);
+    to += first / rows * Shape::pitch + first % rows * Shape::depth + k;
+    const auto copy_row = [&](int m) {
+      const Real* const from = W_i + int64_t(z.row(slot * z.lanes * rows + first + m * step)) * z.K;
+      Real* const at = to + m * (step / rows * Shape::pitch);
+      if (Shape::fixed || source.whole)
+        copy<pack<Real>>(at, from, true);
+      else
 #pragma unroll
-      for (int l = 0; l < pack<Real>; ++l)
-        copy<1>(to + l, k0 + l < z.K ? from + l : W_i, k0 + l < z.K);
+        for (int l = 0; l < pack<Real>; ++l)
+          copy<1>(at + l, k0 + k + l < z.K ? from + l : source.weight, k0 + k + l < z.K);
+    };
+    if constexpr (Shape::fixed) {
+#pragma unroll
+      for (int m = 0; m < int(rows * row_packs) / Shape::teams; ++m)
+        copy_row(m);
+    } else {
+      for (int m = 0; first + m * step < z.lanes * rows; ++m)
+        copy_row(m);
+    }
+  }
+
+  // u is transposed on its way, a number at a time, so that a thread then loads its samples 16 bytes at a time. Beyond
+  // the end of the batch the last sample stands in, as in read().
+  __device__ void copy_inputs(Real* to, unsigned tid) {
+    const int k = tid % Shape::depth;
+    const bool inside = k0 + k < z.K;
+    const Real* const from = source.inputs + (inside ? k0 + k : 0);
+    to += k * z.stride;
+#pragma unroll 1
+    for (int s = tid / Shape::depth; s < z.tile; s += blockDim.x / Shape::depth)
+      copy<1>(to + s, from + (int64_t(min(b0 + s, B - 1)) * N + i) * z.K, Shape::fixed || inside);
   }
 
   template <int count>
