@@ -25,21 +25,26 @@ def extension():
     except ImportError as error:
         print(f"caps: built without the native operators ({error}); use --no-build-isolation", file=sys.stderr)
         return {}
-    with native.builder() as cpp_extension:
-        cuda = bool(native.cuda()[0])
-        module = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
-            "caps_native", [os.path.relpath(source, HERE) for source in native.sources()],
-            include_dirs=[pybind11.get_include()], extra_compile_args=native.compile_arguments(), optional=True)
 
-        class Build(cpp_extension.BuildExtension):
-            def run(self):
-                with native.builder():
-                    try:
-                        super().run()
-                    except Exception as error:  # without a compiler torch's checks fail before `optional` counts
-                        print(f"caps: built without the native operators ({error})", file=sys.stderr)
+    def module(codes):
+        arguments = native.compile_arguments(codes)
+        with native.builder() as cpp_extension:
+            return (cpp_extension.CUDAExtension if codes else cpp_extension.CppExtension)(
+                "caps_native", [os.path.relpath(source, HERE) for source in native.sources(arguments)],
+                include_dirs=[pybind11.get_include()], extra_compile_args=arguments, optional=not codes)
 
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+    class Build(native.toolkit.cpp_extension().BuildExtension):
+        def build_extensions(self):
+            for codes in dict.fromkeys([native.toolkit.cuda()[0], ()]):  # where CUDA's part fails, for the CPU alone
+                vars(self.extensions[0]).update(vars(module(codes)))  # it keeps what the command has added
+                try:
+                    with native.builder():
+                        return super().build_extensions()
+                except Exception as error:  # without a compiler torch's checks fail before `optional` counts
+                    lost = "its CUDA part" if codes else "the native operators"
+                    print(f"caps: built without {lost} ({native.complaint(error)})", file=sys.stderr)
+
+    return {"ext_modules": [module(())], "cmdclass": {"build_ext": Build}}
 
 
 setup(

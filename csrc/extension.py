@@ -1,7 +1,8 @@
 """How caps.py and setup.py come by the native operators: flags, sources, builder, cache, and their registration.
 
 The library is compiled at first use into a cache folder, or ahead of time by setup.py. CAPS_CACHE names the folder,
-CAPS_VERBOSE=1 shows the compiler's output, TORCH_CUDA_ARCH_LIST the GPUs to compile for where there is none.
+CAPS_VERBOSE=1 shows the compiler's output, TORCH_CUDA_ARCH_LIST GPUs to compile for besides those that are here.
+Whatever CUDA lacks, a driver, an nvcc or code for a GPU, the operators for the CPU are there all the same.
 """
 
 import contextlib
@@ -13,12 +14,15 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import shutil
-import subprocess
 import sys
+import tempfile
 import threading
 
 import torch
+
+from . import toolkit
 
 try:
     import fcntl
@@ -26,45 +30,60 @@ except ImportError:  # native Windows, where load() refuses
     fcntl = None
 
 FOLDER = pathlib.Path(__file__).parent
-FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
+NATIVE = "-march=native"
+FLAGS = ["-O3", NATIVE, "-fno-math-errno", "-fno-trapping-math"]
 _LOCK = threading.Lock()
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11, the oldest whose stable ABI is used
 
 
 def available(device):
     """(whether there are native operators for tensors on `device`, "cpu" or "cuda"; where from, or why not)."""
-    with _LOCK:  # threads that route for the first time at once build once
-        info, reason = _loaded()
-    if info and device == "cuda" and info["cuda_architectures"] == "none":
-        return False, f"the library was built for the CPU alone: {cuda()[1] or 'ahead of time'}"
     if device not in ("cpu", "cuda"):
         return False, f"no native operators for {device}"
-    return info is not None, reason
+    with _LOCK:  # threads that route for the first time at once build once
+        codes, reason, lacking = _loaded()
+    if codes is None or device == "cpu":
+        return codes is not None, reason
+    gpus, why = toolkit.gpus()
+    unserved = toolkit.unserved(codes, gpus)
+    if codes and not unserved:
+        return bool(gpus), reason if gpus else why
+    built = f"for {', '.join(codes)}, not for a GPU of {'%d.%d' % unserved[0]}" if codes else "for the CPU alone"
+    return False, f"the library was built {built}: {lacking or toolkit.cuda()[1] or 'ahead of time'}"
 
 
 @functools.cache
 def _loaded():
-    """(build_info, how it was loaded) or (None, why it could not be)."""
+    """(the GPU code in the library, how it was loaded, what befell CUDA), or (None, why it could not be loaded, "")."""
     try:
-        module, reason = load()
-        return module.build_info(), reason
+        module, reason, lacking = load()
+        return re.findall(r"[a-z]+_\w+", module.build_info()["cuda_architectures"]), reason, lacking
     except Exception as error:  # of a compiler, a file system or a foreign library; CAPS_VERBOSE shows it whole
         if os.environ.get("CAPS_VERBOSE"):
             raise
-        lines = list(filter(None, map(str.strip, str(error).splitlines()))) or [type(error).__name__]
-        return None, next((line for line in lines if re.search(r"\berror:", line)), lines[0])
+        return None, complaint(error), ""
+
+
+def complaint(error):
+    """The line in which a tool says what is wrong, out of all that a builder prints."""
+    lines = str(error).splitlines()
+    failed = next((i for i, line in enumerate(lines) if line.startswith("FAILED: ")), None)
+    said = lines if failed is None else lines[failed + 2:]  # in between stands the command
+    said = [line.strip() for line in said if line.strip() and not line.startswith("ninja: build stopped")]
+    fault = re.compile(r"\b(error|fatal)\b( #[\w-]+)?\s*:(?! ld returned| linker command failed)", re.IGNORECASE)
+    return next(filter(fault.search, said), (said + lines[failed:] + [type(error).__name__])[0])
 
 
 def load():
-    """(the module caps_native with its operators registered, where it came from); raises where it cannot be had."""
+    """(the module caps_native with its operators registered, where from, what befell CUDA); raises if there is none."""
     if fcntl is None:
         raise RuntimeError("on native Windows there are no native operators; WSL has them")
-    module, reason = find()
+    module, reason, lacking = find()
     if not hasattr(module, "registered"):
         register()
         module.registered = True
         sys.modules["caps_native"] = module
-    return module, reason
+    return module, reason, lacking
 
 
 def find():
@@ -72,24 +91,36 @@ def find():
     if loaded is not None:
         if loaded.build_info()["source_hash"] != source_hash():
             raise RuntimeError(f"caps_native was imported from {loaded.__file__}, which other sources were built into")
-        return loaded, f"from {loaded.__file__}"
+        return loaded, f"from {loaded.__file__}", ""
     if hasattr(torch.ops.caps, "squash"):  # to register them again would abort the process
         raise RuntimeError("another library has already registered operators under torch.ops.caps")
-    ahead = importlib.util.find_spec("caps_native")
-    if ahead and matches(pathlib.Path(ahead.origin)):
+    library, codes = ahead()
+    lacking = ""
+    if library and toolkit.unserved(codes, toolkit.gpus()[0]) and toolkit.cuda()[0]:
+        try:
+            return build()  # for the GPUs that are here
+        except Exception as error:
+            lacking = complaint(error)
+    if library:
         with contextlib.suppress(ImportError):  # a damaged one
-            return import_library(pathlib.Path(ahead.origin)), f"from {ahead.origin}"
+            return import_library(library), f"from {library}", lacking
     return build()
 
 
-def matches(library):
-    """Whether a library is of these sources and for this CPU and GPU; asked of its bytes, without loading it."""
-    stamp = re.search(rb"caps-build/(\w+)/(\w+)/([\w.,+]+)/end", library.read_bytes())
+def ahead():
+    """(the library that setup.py built, the GPU code in it), or (None, ()) where it is of other sources or another CPU.
+
+    Asked of the file's bytes, without loading it.
+    """
+    spec = importlib.util.find_spec("caps_native")
+    library = pathlib.Path(spec.origin) if spec and spec.origin else None
+    stamp = library and re.search(rb"caps-build/(\w+)/(\w+)/([\w,]+)/end", library.read_bytes())
     if not stamp:
-        return False
-    source, processor, built = (field.decode() for field in stamp.groups())
-    wanted = re.findall(r"\d+\.\d+", cuda()[0])
-    return source == source_hash() and processor == cpu() and set(wanted) <= set(built.split(","))
+        return None, ()
+    source, processor, codes = (field.decode() for field in stamp.groups())
+    if source != source_hash() or processor not in (cpu(), platform.machine()):
+        return None, ()
+    return library, re.findall(r"[a-z]+_\w+", codes)
 
 
 def import_library(library):
@@ -99,8 +130,8 @@ def import_library(library):
     return module
 
 
-def sources():
-    names = ["ops.cpp", "cpu/operators.cpp"] + ["cuda/operators.cu"] * bool(cuda()[0])
+def sources(arguments):
+    names = ["ops.cpp", "cpu/operators.cpp"] + ["cuda/operators.cu"] * ("nvcc" in arguments)
     return [str(FOLDER / name) for name in names]
 
 
@@ -108,7 +139,11 @@ def source_hash():
     """A digest of every source below this folder, so that none is edited, added or moved without a new library."""
     files = sorted(f for f in FOLDER.rglob("*") if f.suffix in (".cpp", ".cu", ".h"))
     named = (f.relative_to(FOLDER).as_posix().encode() + b"\0" + f.read_bytes() + b"\0" for f in files)
-    return hashlib.sha256(b"".join(named)).hexdigest()[:16]
+    return digest(b"".join(named))
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @functools.cache
@@ -118,100 +153,144 @@ def cpu():
         text = next(line for line in open("/proc/cpuinfo") if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         text = platform.processor()
-    return hashlib.sha256(f"{platform.machine()} {text}".encode()).hexdigest()[:16]
+    return digest(f"{platform.machine()} {text}".encode())
+
+
+def compiler():
+    return shlex.split(os.environ.get("CXX") or "c++")
 
 
 @functools.cache
-def cuda():
-    """(architectures, "", CUDA's folder) to compile for, or ("", why the CPU alone, "")."""
-    if torch.version.cuda is None:
-        return "", "this torch has no CUDA", ""
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(f"{a}.{b}" for a, b in sorted(found))
-    if not wanted:
-        return "", "no GPU is present", ""
-    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", "")] + [
-        os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]))
-    if nvcc is None:
-        return "", "no nvcc on the PATH", ""
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\d+)", said)
-    if not release or release[1] != torch.version.cuda.split(".")[0]:
-        return "", f"nvcc is of CUDA {release[1] if release else '?'}, torch of CUDA {torch.version.cuda}", ""
-    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    top = re.search(r"TOP=(\S+)", said)  # nvcc itself knows its folder, also behind links and wrappers
-    return wanted, "", os.path.realpath(top[1]) if top else str(pathlib.Path(os.path.realpath(nvcc)).parents[1])
+def takes_native():
+    """Whether the C++ compiler knows this CPU; some clang, and those for other machines, refuse -march=native."""
+    check = [*compiler(), "-E", "-x", "c++", os.devnull]
+    return toolkit.said(*check, NATIVE)[0] or not toolkit.said(*check)[0]  # one that is not there refuses nothing
 
 
-def defines():
-    architectures = re.sub("[; ]+", ",", cuda()[0]) or "none"
-    stamp = f"caps-build/{source_hash()}/{cpu()}/{architectures}/end"  # no character that a shell would touch
-    return [TORCH_TARGET, f"-DCAPS_STAMP={stamp}", f"-DCAPS_FLAGS={','.join(FLAGS)}"]
-
-
-def compile_arguments():
-    """{"cxx": flags, "nvcc": flags}, as setup.py takes them."""
-    return {"cxx": FLAGS + defines(), "nvcc": ["-O3", "-DUSE_CUDA", TORCH_TARGET]}
+def compile_arguments(codes):
+    """{"cxx": flags} for the CPU alone, and "nvcc": flags with code for GPUs, as setup.py takes them."""
+    flags = [flag for flag in FLAGS if flag != NATIVE or takes_native()]
+    processor = cpu() if NATIVE in flags else platform.machine()
+    # No character that a shell would touch.
+    stamp = f"caps-build/{source_hash()}/{processor}/{','.join(codes) or 'none'}/end"
+    arguments = {"cxx": [*flags, TORCH_TARGET, f"-DCAPS_STAMP={stamp}", f"-DCAPS_FLAGS={','.join(flags)}"]}
+    if codes:
+        gencode = [f"-gencode=arch=compute_{code.partition('_')[2]},code={code}" for code in codes]
+        arguments["nvcc"] = ["-O3", "-DUSE_CUDA", TORCH_TARGET, *gencode]
+    return arguments
 
 
 @contextlib.contextmanager
 def builder():
-    """torch's builder, in an environment with ninja on the PATH, a bound on compilers, and CUDA's folder and GPUs."""
-    saved = dict(os.environ)
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(pathlib.Path(sys.executable).parent)])
-    os.environ.setdefault("MAX_JOBS", str(min(4, os.cpu_count() or 1)))
-    architectures, _, folder = cuda()
-    if architectures:
-        os.environ.update(TORCH_CUDA_ARCH_LIST=architectures, CUDA_HOME=folder)
-    else:
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a missing GPU
+    """torch's builder, with ninja on the PATH, a bound on compilers and CUDA's folder, and without its warnings."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(pathlib.Path(sys.executable).parent)])
+    jobs = os.environ.get("MAX_JOBS") or str(min(4, os.cpu_count() or 1))
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        from torch.utils import cpp_extension
-        if architectures:
-            cpp_extension.CUDA_HOME = folder
-        yield cpp_extension
+        with toolkit.environment(PATH=path, MAX_JOBS=jobs):
+            cpp_extension = toolkit.cpp_extension()
+            cpp_extension.CUDA_HOME = toolkit.cuda()[2] or cpp_extension.CUDA_HOME
+            yield cpp_extension
     finally:
-        os.environ.clear()
-        os.environ.update(saved)
+        logger.setLevel(level)
 
 
 def build():
-    """The library out of the cache, compiled first where there is none that is whole; one process compiles, others wait.
+    codes = toolkit.cuda()[0]
+    try:
+        return cached(codes)
+    except OSError as error:  # a folder that cannot be written; but the library for the CPU alone may lie there
+        if not codes:
+            raise
+        return cached((), complaint(error))
+
+
+def cached(codes, lacking=""):
+    """(the module, where from, what befell CUDA): out of the cache, compiled first where there is none that is whole.
+
+    One process compiles, others wait. Where CUDA's part fails, that is remembered, and one for the CPU alone is taken.
     """
-    arguments = compile_arguments()
+    arguments = compile_arguments(codes)
+    folder = cache(arguments)
+    library, failed = folder / "caps_native.so", folder / f"failed-{digest(toolkit.circumstances().encode())}"
+    verbose = bool(os.environ.get("CAPS_VERBOSE"))  # then torch shows what the tools say, and tells us nothing
+    if whole(folder):
+        return import_library(library), f"from {library}", lacking
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder) as held:
+        if whole(folder):
+            return import_library(library), f"from {library}", lacking
+        if failed.exists() and not verbose:
+            return cached((), f"{failed.read_text()} (to try again, delete {failed})")
+        try:
+            module = compile_into(folder, arguments, held)
+        except Exception as error:
+            if not codes:
+                raise
+            result = cached((), complaint(error))  # raises where the C++ compiler fails as well: nothing is remembered
+            if not verbose:
+                failed.write_text(complaint(error))
+            return result
+        return module, f"compiled to {library}", lacking
+
+
+def cache(arguments):
     key = repr((torch.__version__, torch.version.cuda, sys.implementation.cache_tag, os.environ.get("CXX"), arguments))
     root = os.environ.get("CAPS_CACHE") or os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch_extensions")
-    folder = pathlib.Path(root).expanduser() / f"caps_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    library, finished = folder / "caps_native.so", folder / "finished"
-    folder.mkdir(parents=True, exist_ok=True)
+    return pathlib.Path(root).expanduser() / f"caps_{digest(key.encode())}"
+
+
+def whole(folder):
+    with contextlib.suppress(OSError):
+        return (folder / "finished").read_text() == digest((folder / "caps_native.so").read_bytes())
+    return False
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Waits for other processes, and says whether that was possible: some file systems have no locks."""
     with open(folder / "caps.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.suppress(OSError):
-            if finished.read_text() == digest(library):
-                return import_library(library), f"from {library}"
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            held = True
+        except OSError:
+            held = False
+        yield held
+
+
+def compile_into(folder, arguments, held):
+    library = folder / "caps_native.so"
+    if held:
         # What a killed build, or one whose library was damaged since, has left would count as up to date: all goes.
         for path in folder.iterdir():
-            if path.is_file() and path.name != "caps.lock":
+            if path.is_file() and path.name != "caps.lock" and not path.name.startswith("failed-"):
                 path.unlink()
         module = compile_library(folder, arguments)
-        finished.write_text(digest(library))
-        return module, f"compiled to {library}"
-
-
-def digest(library):
-    return hashlib.sha256(library.read_bytes()).hexdigest()
+    else:
+        # Others may be compiling the same: each in a folder of its own, whence the library comes at one stroke.
+        with tempfile.TemporaryDirectory(prefix="caps_") as private:
+            module = compile_library(pathlib.Path(private), arguments)
+            arrived = folder / f"{pathlib.Path(private).name}.so"
+            shutil.move(f"{private}/caps_native.so", arrived)
+            os.replace(arrived, library)
+        module.__file__ = str(library)
+    (folder / "finished").write_text(digest(library.read_bytes()))
+    return module
 
 
 def compile_library(folder, arguments):
     import pybind11
     verbose = bool(os.environ.get("CAPS_VERBOSE"))
     with builder() as cpp_extension:
-        compiler = cpp_extension.get_cxx_compiler()
-        if shutil.which(compiler) is None:
-            raise RuntimeError(f"no C++ compiler: {compiler} is not on the PATH")
+        if shutil.which(compiler()[0]) is None:
+            raise RuntimeError(f"no C++ compiler: {compiler()[0]} is not on the PATH")
+        # torch would give a second build of other code, in the same process, another name.
+        cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop("caps_native", None)
         return cpp_extension.load(
-            "caps_native", sources(), extra_cflags=arguments["cxx"], extra_cuda_cflags=arguments["nvcc"],
+            "caps_native", sources(arguments), extra_cflags=arguments["cxx"], extra_cuda_cflags=arguments.get("nvcc"),
             extra_include_paths=[pybind11.get_include()], build_directory=str(folder), verbose=verbose)
 
 

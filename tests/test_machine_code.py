@@ -32,9 +32,10 @@ def compiled(tmp_path_factory):
     from torch.utils.cpp_extension import include_paths
     library = tmp_path_factory.mktemp("cuda") / "cuda.o"
     command = ["nvcc", "-c", str(ROOT / "csrc" / "cuda" / "operators.cu"), "-o", str(library), "-std=c++20",
-               *[f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES], "--threads=2", "-Xptxas=-v",
+               "--threads=2", "-Xptxas=-v",
                "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC",
-               *[part for path in include_paths() for part in ("-isystem", path)], "-O3", "-DUSE_CUDA", extension.TORCH_TARGET]
+               *[part for path in include_paths() for part in ("-isystem", path)],
+               *extension.compile_arguments([f"sm_{a}" for a in ARCHITECTURES])["nvcc"]]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return library, done.stderr
