@@ -120,6 +120,29 @@ inline Vec<T> row_sums(Vec<T> (&x)[lanes<T>]) {
   return x[0];
 }
 
+// Every other lane of a and b, the first or the second.
+template <class T, size_t... l>
+Vec<T> every_other(Vec<T> a, Vec<T> b, bool second, std::index_sequence<l...>) {
+#if defined(__clang__)
+  return second ? __builtin_shufflevector(a, b, int(2 * l + 1)...) : __builtin_shufflevector(a, b, int(2 * l)...);
+#else
+  using Index = typename Simd<T>::IntVec;
+  return second ? __builtin_shuffle(a, b, Index{2 * l + 1 ...}) : __builtin_shuffle(a, b, Index{2 * l ...});
+#endif
+}
+
+// Lane r of the result: the sum of numbers r K .. r K + K - 1 of all that x holds, K a power of two.
+template <class T, int K>
+inline Vec<T> segment_sums(Vec<T> (&x)[K]) {
+  constexpr auto all = std::make_index_sequence<lanes<T>>();
+#pragma GCC unroll 4
+  for (int count = K / 2; count > 0; count /= 2)
+#pragma GCC unroll 16
+    for (int r = 0; r < count; ++r)
+      x[r] = every_other<T>(x[2 * r], x[2 * r + 1], false, all) + every_other<T>(x[2 * r], x[2 * r + 1], true, all);
+  return x[0];
+}
+
 // A matrix in memory, rows `stride` apart; `end` bounds what may be read.
 template <class T>
 struct Rows {

@@ -235,16 +235,9 @@ struct Linear {
   static Vec<T> fold(Vec<T> (&x)[1]) { return x[0]; }
 
   // Sums over neighbouring lanes: the first half of the lanes from x[0], the second from x[1].
-  static Vec<T> fold(Vec<T> (&x)[2]) { return fold_pairs(x, std::make_index_sequence<L>()); }
-
-  template <size_t... l>
-  static Vec<T> fold_pairs(Vec<T> (&x)[2], std::index_sequence<l...>) {
-#if defined(__clang__)
-    return __builtin_shufflevector(x[0], x[1], (2 * l)...) + __builtin_shufflevector(x[0], x[1], (2 * l + 1)...);
-#else
-    using IntVec = typename Simd<T>::IntVec;
-    return __builtin_shuffle(x[0], x[1], IntVec{(2 * l)...}) + __builtin_shuffle(x[0], x[1], IntVec{(2 * l + 1)...});
-#endif
+  static Vec<T> fold(Vec<T> (&x)[2]) {
+    constexpr auto all = std::make_index_sequence<L>();
+    return every_other<T>(x[0], x[1], false, all) + every_other<T>(x[0], x[1], true, all);
   }
 
   template <int P>

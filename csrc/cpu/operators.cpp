@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> capsule_linear(const Tensor& inputs_, const Tensor& w
   const Tensor output = empty(inputs, {n.B, n.J, n.D}), sums = empty(inputs, {n.T, n.B, n.J, n.D});
   dispatch(inputs, [&](auto number) {
     using T = decltype(number);
-    if (is_small_batch(n)) {
+    if (is_small_batch<T>(n)) {
       const Tensor votes = make_votes<T>(inputs, weight, n);
       Routing<T>{votes_sizes(n), data<T>(votes)}.forward(data<T>(output), data<T>(sums));
     } else {
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> capsule_linear_backward(const Tensor& grad_, const Te
   const Tensor grad_inputs = torch::stable::empty_like(inputs), grad_weight = torch::stable::empty_like(weight);
   dispatch(inputs, [&](auto number) {
     using T = decltype(number);
-    if (is_small_batch(n)) {
+    if (is_small_batch<T>(n)) {
       const Tensor votes = make_votes<T>(inputs, weight, n);  // and, in the same place, their gradient
       Routing<T>{votes_sizes(n), data<T>(votes)}.backward(data<T>(grad), data<T>(sums), data<T>(votes));
       linear_gradients(data<T>(votes), data<T>(inputs), data<T>(weight), n, data<T>(grad_inputs),

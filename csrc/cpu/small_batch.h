@@ -6,8 +6,17 @@
 
 namespace caps::cpu {
 
-// Measured. Up to here the votes are also half as large as the weight at most, or those of one sample.
-inline bool is_small_batch(const Sizes& n) { return n.B <= std::max<int64_t>(1, n.K / 2); }
+// Whether the rows of W_i fill whole vectors: one or, with the models' K, perhaps two to a vector.
+template <class T>
+bool fills_vectors(const Sizes& n) {
+  return n.J * n.D % lanes<T> == 0 && (n.K == lanes<T> || (n.K == 8 && n.K < lanes<T>));
+}
+
+// Measured. Up to here the votes are also no larger than 3 / 4 of the weight, or those of one sample.
+template <class T>
+bool is_small_batch(const Sizes& n) {
+  return n.B <= std::max<int64_t>(1, fills_vectors<T>(n) ? 3 * n.K / 4 : n.K / 2);
+}
 
 // The shape that routing sees.
 inline Sizes votes_sizes(Sizes n) {
@@ -15,32 +24,60 @@ inline Sizes votes_sizes(Sizes n) {
   return n;
 }
 
-// û [B, N, J, D], with the rows of W_i in the lanes: J·D fills them where B does not.
+// û of one W_i, whose rows are in the lanes: J·D fills them where B does not.
+template <class T>
+void make_votes_of(const T* w, const T* w_end, const T* u, const Sizes& n, Vec<T>* columns, T* to) {
+  constexpr int L = lanes<T>;
+  const int64_t JD = n.J * n.D, K = n.K;
+  for (int64_t row = 0; row < JD; row += L) {
+    const int used = std::min<int64_t>(L, JD - row);
+    load_lanes<T>({w + row * K, K, w_end}, used, K, columns);
+    for (int64_t b = 0; b < n.B; ++b) {
+      Vec<T> x{};
+      for (int64_t k = 0; k < K; ++k)
+        x += u[b * n.N * K + k] * columns[k];
+      std::memcpy(to + b * n.N * JD + row, &x, used * sizeof(T));
+    }
+  }
+}
+
+// The same for rows that fit into a vector, with whole vectors of W_i times u, which is repeated in its vector.
+template <class T, int K>
+void make_votes_of(const T* w, const T* u, const Sizes& n, T* to) {
+  constexpr int L = lanes<T>;
+  const int64_t JD = n.J * n.D;
+  for (int64_t b = 0; b < n.B; ++b) {
+    Vec<T> u_b;
+    for (int l = 0; l < L; l += K)
+      std::memcpy(reinterpret_cast<T*>(&u_b) + l, u + b * n.N * K, K * sizeof(T));
+    for (int64_t row = 0; row < JD; row += L) {
+      Vec<T> x[K];
+#pragma GCC unroll 16
+      for (int m = 0; m < K; ++m)
+        x[m] = load(w + row * K + m * L) * u_b;
+      store(to + b * n.N * JD + row, segment_sums<T, K>(x));
+    }
+  }
+}
+
+// û [B, N, J, D]
 template <class T>
 Tensor make_votes(const Tensor& inputs, const Tensor& weight, const Sizes& n) {
   constexpr int L = lanes<T>;
   const Tensor votes = empty(inputs, {n.B, n.N, n.J, n.D});
-  const T *u = data<T>(inputs), *w = data<T>(weight), *w_end = w + weight.numel();
-  T* to = data<T>(votes);
   const int64_t JD = n.J * n.D, K = n.K;
+  const T *w = data<T>(weight), *w_end = w + weight.numel();
   parallel(n.N, [&](int64_t begin, int64_t end) {
     Buffer<T> columns(K);
     for (int64_t i = begin; i < end; ++i) {
-      for (int64_t row = 0; row < JD; row += L) {
-        const int used = std::min<int64_t>(L, JD - row);
-        // Reading W is most of the work: fetch it four blocks ahead. Beyond the end of W a prefetch does nothing.
-        const T* w_row = w + (i * JD + row) * K;
-        for (int64_t ahead = 0; ahead < L * K; ahead += 64 / sizeof(T))
-          __builtin_prefetch(w_row + 4 * L * K + ahead);
-        load_lanes<T>({w_row, K, w_end}, used, K, columns);
-        for (int64_t b = 0; b < n.B; ++b) {
-          const T* ub = u + (b * n.N + i) * K;
-          Vec<T> x{};
-          for (int64_t k = 0; k < K; ++k)
-            x += ub[k] * columns[k];
-          std::memcpy(to + (b * n.N + i) * JD + row, &x, used * sizeof(T));
-        }
-      }
+      const T *w_i = w + i * JD * K, *u = data<T>(inputs) + i * K;
+      T* const to = data<T>(votes) + i * JD;
+      if (!fills_vectors<T>(n))
+        make_votes_of(w_i, w_end, u, n, columns, to);
+      else if (K == L)
+        make_votes_of<T, L>(w_i, u, n, to);
+      else
+        make_votes_of<T, std::min(L, 8)>(w_i, u, n, to);
     }
   });
   return votes;
