@@ -4,6 +4,8 @@
 
 #include "softmax.h"
 
+#include <utility>
+
 namespace caps::cpu {
 
 // ---- a block, and where its votes come from -------------------------------------------------------------------------
@@ -29,6 +31,26 @@ inline void for_rows(int D, F&& f) {
     for (; d < D; ++d)
       f(Const<1>(), d);
   }
+}
+
+// Row by row and not in a loop, which g++ would turn into a call of memcpy, away from the registers.
+template <int R, class V, size_t... r>
+inline void copy_rows(const V* from, V* to, std::index_sequence<r...>) {
+  ((to[r] = from[r]), ...);
+}
+template <int R, class V>
+inline void copy_rows(const V* from, V* to) {
+  copy_rows<R>(from, to, std::make_index_sequence<R>());
+}
+
+// Σ_r x[r] y[r], by four sums that do not wait for each other.
+template <int R, class V>
+inline V dot(const V (&x)[R], const V* y) {
+  V sums[4] = {};
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    sums[r % 4] += x[r] * y[r];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // û_m = W_m u_m; W [M, J·D, K] numbers, u [M, K] vectors.
@@ -76,12 +98,10 @@ inline void add_votes(const Source& source, Block n, Vec<T>* sum) {
     for_rows<FixedD>(n.D, [&](auto R, int d) {
       Vec<T> x[R];
       Vec<T>* s = sum + j * n.D + d;
-      for (int r = 0; r < R; ++r)
-        x[r] = s[r];
+      copy_rows<R>(s, x);
       for (int m = 0; m < n.M; ++m)
         source.add(m, j * n.D + d, x);
-      for (int r = 0; r < R; ++r)
-        s[r] = x[r];
+      copy_rows<R>(x, s);
     });
   }
 }
@@ -100,14 +120,9 @@ inline void add_coupled_votes(const Source& source, Block n, const Vec<T>* V, co
         const int row = j * n.D + d;
         Vec<T> x[R] = {};
         source.add(m, row, x);
-        for (int r = 0; r < R; ++r) {
-          logit += x[r] * V[row + r];
-          if constexpr (!Source::stored) votes[m * rows + row + r] = x[r];
-        }
-        if (gs) {
-          for (int r = 0; r < R; ++r)
-            slope += x[r] * gs[row + r];
-        }
+        if constexpr (!Source::stored) copy_rows<R>(x, votes + m * rows + row);
+        logit += dot<R>(x, V + row);
+        if (gs) slope += dot<R>(x, gs + row);
       });
       b[m * n.J + j] = logit;
       p[m * n.J + j] = slope;
@@ -122,15 +137,13 @@ inline void add_coupled_votes(const Source& source, Block n, const Vec<T>* V, co
     for_rows<FixedD>(n.D, [&](auto R, int d) {
       const int row = j * n.D + d;
       Vec<T> x[R];
-      for (int r = 0; r < R; ++r)
-        x[r] = sum[row + r];
+      copy_rows<R>(sum + row, x);
       for (int m = 0; m < n.M; ++m) {
         const Vec<T> c = share[m * n.J + j];
         for (int r = 0; r < R; ++r)
           x[r] += c * votes[m * rows + row + r];
       }
-      for (int r = 0; r < R; ++r)
-        sum[row + r] = x[r];
+      copy_rows<R>(x, sum + row);
     });
   }
 }
@@ -151,13 +164,8 @@ inline void vote_gradients(const Source& source, Block n, const Vec<T>* V, const
         Vec<T> x[R] = {};
         source.add(m, row, x);
         for (int t = 0; t < n.T - 1; ++t) {
-          Vec<T> logit{}, slope{};
-          for (int r = 0; r < R; ++r) {
-            logit += x[r] * V[t * step + row + r];
-            slope += x[r] * gs[(t + 1) * step + row + r];
-          }
-          b[t * MJ + at] += logit;
-          p[t * MJ + at] += slope;
+          b[t * MJ + at] += dot<R>(x, V + t * step + row);
+          p[t * MJ + at] += dot<R>(x, gs + (t + 1) * step + row);
         }
       });
     }
@@ -178,8 +186,7 @@ inline void vote_gradients(const Source& source, Block n, const Vec<T>* V, const
           for (int r = 0; r < R; ++r)
             x[r] += c * gs[(t + 1) * step + row + r] + h * V[t * step + row + r];
         }
-        for (int r = 0; r < R; ++r)
-          grad[m * rows + row + r] = x[r];
+        copy_rows<R>(x, grad + m * rows + row);
       });
     }
   }
