@@ -13,10 +13,12 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.float64]
-# B, N, K, J, D, T; K = 8, J = 10, D = 16 are the sizes with an instance of their own
-MODEL = [(1, 1, 8, 10, 16, 1), (3, 5, 8, 10, 16, 3), (33, 19, 8, 10, 16, 2), (17, 3, 8, 10, 16, 4)]
+# B, N, K, J, D, T; K = 8 and D = 16 have kernels of their own, for J up to 8, 16, 32, 64 and 112
+MODEL = [(1, 1, 8, 10, 16, 1), (3, 5, 8, 10, 16, 3), (33, 19, 8, 10, 16, 2), (17, 3, 8, 10, 16, 4), (37, 3, 8, 3, 16, 3),
+         (19, 4, 8, 17, 16, 3), (11, 3, 8, 33, 16, 3), (9, 3, 8, 65, 16, 3), (5, 2, 8, 112, 16, 2), (5, 2, 8, 113, 16, 2)]
 OTHER = [(1, 1, 1, 1, 1, 1), (1, 7, 8, 1, 16, 3), (5, 3, 9, 3, 7, 2), (2, 37, 4, 10, 16, 3), (70, 9, 4, 2, 4, 3),
-         (7, 2, 17, 5, 33, 4), (2, 2, 300, 2, 3, 2), (3, 2, 3, 150, 9, 3), (2, 1, 5, 7, 1, 3), (2, 40, 3, 2, 70, 2)]
+         (7, 2, 17, 5, 33, 4), (2, 2, 300, 2, 3, 2), (3, 2, 3, 150, 9, 3), (2, 1, 5, 7, 1, 3), (2, 40, 3, 2, 70, 2),
+         (5, 3, 16, 62, 16, 2), (3, 2, 12, 20, 10, 3), (2, 2, 8, 64, 32, 2), (2, 2, 2, 400, 4, 2)]
 
 
 def squash(s):
@@ -181,12 +183,21 @@ def test_routing(ops, sizes, dtype):
     close(ops.routing(votes, sizes[-1], grad), expected_routing(votes, sizes[-1], grad), dtype)
 
 
+@pytest.mark.parametrize("first", range(1, 8))
+def test_any_number_of_output_capsules(ops, first):
+    for J in range(first, 131, 7):
+        sizes = (J % 5 + 1, 2, 8, J, 16, 2)
+        inputs, weight, votes, grad = problem(sizes, torch.float32)
+        close(ops.linear(inputs, weight, 2, grad), expected_linear(inputs, weight, 2, grad), torch.float32)
+        close(ops.routing(votes, 2, grad), expected_routing(votes, 2, grad), torch.float32)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_random_sizes(ops, seed):
     random = torch.Generator().manual_seed(seed)
     draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=random))
     model = seed % 3 == 0
-    sizes = (draw(1, 40), draw(1, 25), *((8, 10, 16) if model else (draw(1, 20), draw(1, 12), draw(1, 20))), draw(1, 4))
+    sizes = (draw(1, 40), draw(1, 25), *((8, draw(1, 40), 16) if model else (draw(1, 20), draw(1, 12), draw(1, 20))), draw(1, 4))
     dtype = DTYPES[seed % 2]
     inputs, weight, votes, grad = problem(sizes, dtype, seed)
     ops.turns(seed)

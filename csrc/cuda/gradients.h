@@ -188,7 +188,8 @@ struct ScratchGradients {
     }
   }
 
-  __device__ void multiply(int i, int b, int end, const Real* grad_votes, int k, int row_lane, int row_lanes, Real* part) {
+  __device__ void multiply(int i, int b, int end, const Real* grad_votes, int k, int row_lane, int row_lanes,
+                           Real* part) {
     const Shape& z = seat.z;
     Real u[samples], gu[samples] = {};
     for (int s = 0; s < samples; ++s)

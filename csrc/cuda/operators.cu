@@ -13,8 +13,10 @@
 //              gu_bi = Σ_j W_ijᵀ gû_ij,  gW_ij = Σ_b gû_ij u_biᵀ
 //
 // Votes are never stored and nothing is added atomically: every sum has one order, so results repeat bit for bit.
-// A thread holds four components d of one j for a few samples; at the models' sizes (ModelSizes) all of that stays in
-// registers, else (AnySizes) in shared memory, or in a workspace where shared memory is too small.
+// How the work is cut, and with it the order of every sum, depends on the sizes alone, and no block needs more shared
+// memory than every GPU has: so one result holds on GPUs of every size.
+// A thread holds four components d of one j for a few samples: in registers with the models' K and D and J up to 112
+// (ModelSizes), and with other sizes (AnySizes) up to J·⌈D/4⌉ = 224 or somewhat less, else in a workspace.
 
 #include "../caps.h"
 #include "plan.h"
@@ -111,7 +113,8 @@ std::tuple<Tensor, Tensor> routing(const Tensor& votes_, int64_t iterations) {
   const Tensor v = empty(votes, {n.B, n.J, n.D}), sums = empty(votes, {n.T, n.B, n.J, n.D});
   dispatch(votes, [&](auto number) {
     using Real = decltype(number);
-    run_forward<Real>(n, {data<Real>(votes)}, data<Real>(v), data<Real>(sums), context.stream, numbers_like<Real>(votes));
+    run_forward<Real>(n, {data<Real>(votes)}, data<Real>(v), data<Real>(sums), context.stream,
+                      numbers_like<Real>(votes));
   });
   return {v, sums};
 }

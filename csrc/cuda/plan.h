@@ -144,7 +144,7 @@ class Plan {
 // ---- which kernels --------------------------------------------------------------------------------------------------
 
 // f(shape of route, shape of gradients): by the sizes alone. Where J is larger, a block has room for fewer samples.
-// gradients holds gW besides: with 8 samples it would spill.
+// gradients holds gW besides: with 8 samples it would spill. ModelSizes: most J, samples, slots, teams, depth.
 template <class Real, class F>
 void with_shapes(const Sizes& n, F&& f) {
   if constexpr (std::is_same_v<Real, float>)
@@ -187,7 +187,7 @@ void with_plan(const Sizes& n, const Source<Real>& source, cudaStream_t stream, 
   });
 }
 
-// ---- the operators on arrays; numbers(count) makes room for so many --------------------------------------------------
+// ---- the operators on arrays; numbers(count) makes room for so many ----------------------------------------------------
 
 // f(source), whose rows of 16 bytes, if it has such, begin at multiples of them: copied if need be, for with kernels of
 // its own an unaligned tensor would have results of its own.

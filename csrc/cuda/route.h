@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(route_threads<Shape>(pass), 1)
             put_dot(seat, scratch + at.agreement, slot, x, hold ? held_gs.get(slot) : fetch(gs, slot));
         });
         __syncthreads();
-        couple<backward, !backward>(z, scratch + at.logits, scratch + at.agreement, scratch + at.coupling, scratch + at.change);
+        couple<backward, !backward>(z, scratch + at.logits, scratch + at.agreement, scratch + at.coupling,
+                                    scratch + at.change);
         votes.arrive();
         __syncthreads();
         each_slot([&](int slot) {

@@ -25,9 +25,9 @@ struct alignas(size * sizeof(Real)) Pack {
   Real at[size];
 };
 
-// K = 8 and D = 16, and J up to most_J. A warp is 32 / teams lanes of each team: with four
-// teams it reads 8 groups' rows of W and 4 teams' samples of u, 64 bytes of shared memory each, where 32 lanes of one
-// team would read 256 and 16; and all samples of a tile meet in a warp, which adds their parts of gW by shuffles.
+// K = 8 and D = 16, and J up to most_J. A warp is 32 / teams lanes of each team. With four teams it reads 8 groups'
+// rows of W and 4 teams' samples of u, 64 bytes of shared memory each, where 32 lanes of one team would read 256 and
+// 16; and all samples of a tile meet in a warp, which adds their parts of gW by shuffles.
 template <class Real, int most_J, int samples_, int slots_, int teams_, int depth_>
 struct ModelSizes {
   static constexpr bool fixed = true, in_registers = true, full_groups = true;
@@ -36,7 +36,7 @@ struct ModelSizes {
   static constexpr int warp_lanes = 32 / teams;
   static constexpr int tile = samples * teams, stride = tile + (teams > 1 ? pack<Real> : 0);
   static constexpr int step = teams == 4 ? pack<Real> / 2 : pack<Real>, pitch = rows * depth + pack<Real>;
-  static constexpr bool two_pieces_are_all = slots == 1;          // of W_i, as K = 8
+  static constexpr bool buffers_hold_weight = slots == 1;         // the whole W_i, in two pieces at most
   static constexpr bool ends_in_pieces = slots > 1 || depth < K;  // gradients: else W_i is still there at the end
   static constexpr int sharers = most_J / 4;  // of a sample's softmax: 4 output capsules each, in registers
   int J, J_D, groups, lanes, threads;
@@ -64,7 +64,7 @@ struct AnySlots<true> {
 template <class Real, bool in_registers_>
 struct AnySizes : AnySlots<in_registers_> {
   static constexpr bool fixed = false, in_registers = in_registers_;
-  static constexpr bool two_pieces_are_all = false, ends_in_pieces = false;
+  static constexpr bool buffers_hold_weight = false, ends_in_pieces = false;
   static constexpr int samples = pack<Real>, max_threads = 256, max_lanes = 224;
   static constexpr int depth = pack<Real>, step = pack<Real>, pitch = rows * depth + pack<Real>, sharers = 4;
   int K, J, D, J_D, per_j, parts_per_j, groups, lanes, teams, tile, stride, threads;

@@ -77,7 +77,7 @@ struct RecomputedVotes {
     if (left > 0) {
       CAPS_READ_THREAD(tid);
       Real* const to = pieces + parity * piece;
-      if (!Shape::two_pieces_are_all || di != 0 || staged < 2)  // else both buffers have what they need of W_i already
+      if (!Shape::buffers_hold_weight || di != 0 || staged < 2)  // else they do already: only the samples change
         copy_weight(to, tid);
       copy_inputs(to + inputs_at, tid);
       advance();
