@@ -13,7 +13,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.float64]
-# B, N, K, J, D, T; K = 8 and D = 16 have kernels of their own, for J up to 8, 16, 32, 64 and 112
+# B, N, K, J, D, T; K = 8 and D = 16 have kernels of their own, for J up to 112
 MODEL = [(1, 1, 8, 10, 16, 1), (3, 5, 8, 10, 16, 3), (33, 19, 8, 10, 16, 2), (17, 3, 8, 10, 16, 4), (37, 3, 8, 3, 16, 3),
          (19, 4, 8, 17, 16, 3), (11, 3, 8, 33, 16, 3), (9, 3, 8, 65, 16, 3), (5, 2, 8, 112, 16, 2), (5, 2, 8, 113, 16, 2)]
 OTHER = [(1, 1, 1, 1, 1, 1), (1, 7, 8, 1, 16, 3), (5, 3, 9, 3, 7, 2), (2, 37, 4, 10, 16, 3), (70, 9, 4, 2, 4, 3),

@@ -52,9 +52,15 @@ __device__ void add_scaled(const Seat<Shape>& seat, const Real* scales, int slot
 // Its numbers: in registers, or where they end up.
 template <class Shape, class Real>
 struct PerCapsule {
+  static constexpr int count = [] {
+    if constexpr (Shape::fixed)
+      return Shape::own;
+    else
+      return 1;
+  }();
   Real* array;
   int stride;
-  Real own[Shape::fixed ? 4 : 1];
+  Real own[count];
 
   __device__ PerCapsule(Real* array, int stride) : array(array), stride(stride) {}
   __device__ Real& at(int j, int m) {
@@ -69,7 +75,7 @@ template <class Shape, class F>
 __device__ void each_capsule(const Shape& z, int first, int J, F&& f) {
   if constexpr (Shape::fixed) {
 #pragma unroll
-    for (int m = 0; m < 4; ++m)
+    for (int m = 0; m < Shape::own; ++m)
       if (first + m * z.sharers < J)
         f(first + m * z.sharers, m);
   } else {

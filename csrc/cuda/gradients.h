@@ -79,11 +79,12 @@ struct RegisterGradients {
 #pragma unroll
     for (int slot = 0; slot < Shape::slots; ++slot) {
       auto gv = result.get(slot);
+      if (!seat.owns(slot) || b0 + seat.sample() + samples > end)  // else what stands in for others would count
 #pragma unroll
-      for (int q = 0; q < rows; ++q)
+        for (int q = 0; q < rows; ++q)
 #pragma unroll
-        for (int s = 0; s < samples; ++s)
-          gv.at[q][s] = seat.owns(slot) && b0 + seat.sample() + s < end ? gv.at[q][s] : 0;
+          for (int s = 0; s < samples; ++s)
+            gv.at[q][s] = seat.owns(slot) && b0 + seat.sample() + s < end ? gv.at[q][s] : 0;
       if constexpr (Shape::ends_in_pieces) {
         votes.each_piece([&](int k0) { multiply(slot, gv, k0, 0); });
       } else {

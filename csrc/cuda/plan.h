@@ -149,16 +149,22 @@ template <class Real, class F>
 void with_shapes(const Sizes& n, F&& f) {
   if constexpr (std::is_same_v<Real, float>)
     if (n.D == 16 && (n.K == 8 || n.stored())) {
+      if (n.J <= 4)
+        return f(ModelSizes<Real, 4, 8, 1, 4, 8>(n), ModelSizes<Real, 4, 4, 1, 4, 8>(n));
       if (n.J <= 8)
         return f(ModelSizes<Real, 8, 8, 1, 4, 8>(n), ModelSizes<Real, 8, 4, 1, 4, 8>(n));
+      if (n.J <= 12)
+        return f(ModelSizes<Real, 12, 8, 1, 4, 8>(n), ModelSizes<Real, 12, 4, 1, 4, 8>(n));
       if (n.J <= 16)
         return f(ModelSizes<Real, 16, 8, 1, 4, 8>(n), ModelSizes<Real, 16, 4, 1, 4, 8>(n));
       if (n.J <= 32)
         return f(ModelSizes<Real, 32, 8, 1, 2, 8>(n), ModelSizes<Real, 32, 4, 1, 2, 8>(n));
+      if (n.J <= 40)
+        return f(ModelSizes<Real, 40, 8, 1, 2, 4>(n), ModelSizes<Real, 40, 4, 1, 2, 4>(n));
       if (n.J <= 64)
         return f(ModelSizes<Real, 64, 8, 1, 1, 4>(n), ModelSizes<Real, 64, 4, 2, 2, 4>(n));
       if (n.J <= 112)
-        return f(ModelSizes<Real, 128, 8, 2, 1, 4>(n), ModelSizes<Real, 128, 4, 2, 1, 4>(n));
+        return f(ModelSizes<Real, 112, 8, 2, 1, 4>(n), ModelSizes<Real, 112, 4, 2, 1, 4>(n));
     }
   const AnySizes<Real, true> narrow(n);
   const Scratch most(narrow, !n.stored(), true, true);

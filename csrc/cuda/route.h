@@ -14,10 +14,12 @@ struct Route {
 };
 
 // Threads that are to share a multiprocessor, which bounds their registers: 512 leave 128 to a thread, 384 leave 168.
-// The backward pass holds gs besides V.
+// The backward pass holds gs besides V; and of blocks of more than 256 threads there is room for one anyhow.
 template <class Shape>
 constexpr int route_threads(Pass pass) {
-  return Fragments<Shape, float, true>::count > 1 ? 256 : Shape::fixed && pass == Pass::backward ? 384 : 512;
+  if (Fragments<Shape, float, true>::count > 1)
+    return 256;
+  return Shape::max_threads > 256 || (Shape::fixed && pass == Pass::backward) ? 384 : 512;
 }
 
 // shares [chunks, B, J, D] of Σ_i c û, or of Σ_i h û; `workspace`: each block's scratch, if it is not in shared memory.

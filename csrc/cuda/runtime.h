@@ -38,7 +38,7 @@ void fill_zeros(Real* numbers, int64_t count, cudaStream_t stream) {
     check(cudaMemsetAsync(numbers, 0, count * sizeof(Real), stream));
 }
 
-CAPS_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-CAPS_HD int round_up(int a, int b) { return (a + b - 1) / b * b; }
+CAPS_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CAPS_HD constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 
 }  // namespace caps::cuda

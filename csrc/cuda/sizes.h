@@ -25,6 +25,8 @@ struct alignas(size * sizeof(Real)) Pack {
   Real at[size];
 };
 
+constexpr int power_of_two(int least) { return least > 1 ? 2 * power_of_two((least + 1) / 2) : 1; }
+
 // K = 8 and D = 16, and J up to most_J. A warp is 32 / teams lanes of each team. With four teams it reads 8 groups'
 // rows of W and 4 teams' samples of u, 64 bytes of shared memory each, where 32 lanes of one team would read 256 and
 // 16; and all samples of a tile meet in a warp, which adds their parts of gW by shuffles.
@@ -34,11 +36,13 @@ struct ModelSizes {
   static constexpr int K = 8, D = 16, per_j = D / rows, parts_per_j = 1;
   static constexpr int samples = samples_, slots = slots_, teams = teams_, depth = depth_;
   static constexpr int warp_lanes = 32 / teams;
+  static constexpr int max_threads = round_up(ceil_div(most_J * per_j, slots), warp_lanes) * teams;
   static constexpr int tile = samples * teams, stride = tile + (teams > 1 ? pack<Real> : 0);
   static constexpr int step = teams == 4 ? pack<Real> / 2 : pack<Real>, pitch = rows * depth + pack<Real>;
   static constexpr bool buffers_hold_weight = slots == 1;         // the whole W_i, in two pieces at most
   static constexpr bool ends_in_pieces = slots > 1 || depth < K;  // gradients: else W_i is still there at the end
-  static constexpr int sharers = most_J / 4;  // of a sample's softmax: 4 output capsules each, in registers
+  static constexpr int sharers = power_of_two(ceil_div(most_J, 4));
+  static constexpr int own = ceil_div(most_J, sharers);  // output capsules of each in a sample's softmax: 4 at most
   int J, J_D, groups, lanes, threads;
 
   explicit ModelSizes(const Sizes& n) : J(n.J), J_D(J * D), groups(J * per_j) {
