@@ -51,7 +51,8 @@ def assert_near(actual, expected, tolerance):
 # B N K J D: the lanes of a vector partly and just filled, one capsule, one dimension, the models' K and D and others
 SIZES = [(1, 1, 1, 1, 1), (2, 40, 8, 10, 16), (4, 5, 8, 10, 16), (16, 16, 16, 16, 16), (17, 37, 8, 10, 16),
          (33, 64, 8, 3, 16), (5, 7, 3, 4, 5), (20, 50, 12, 7, 20), (40, 9, 33, 3, 6), (19, 130, 4, 100, 8),
-         (18, 33, 8, 1, 16), (3, 150, 8, 10, 16), (129, 3, 2, 2, 3)]
+         (18, 33, 8, 1, 16), (3, 150, 8, 10, 16), (129, 3, 2, 2, 3), (6, 9, 8, 10, 16), (11, 6, 16, 2, 16),
+         (7, 5, 8, 3, 24)]
 
 
 @pytest.mark.parametrize("iterations", [3] if SANITIZED else [1, 2, 3, 4])
