@@ -111,7 +111,8 @@ def routing(votes, iterations=3, backend=None):
 def capsule_linear(inputs, weight, iterations=3, backend=None):
     """Votes û_bij = W_ij u_bi and their routing: inputs u [B, N, K] and weight W [N, J, D, K] -> v [B, J, D].
 
-    The native backend never stores the votes. dtypes, `backend` and errors as for routing; equation 2 of the paper.
+    The native backend stores no votes but those of a few samples. dtypes, `backend` and errors as for routing;
+    equation 2 of the paper.
     """
     _check_routing(iterations, inputs=(inputs, "BNK"), weight=(weight, "NJDK"))
     return _run(lambda inputs, weight: torch.ops.caps.capsule_linear(inputs, weight, iterations)[0],
