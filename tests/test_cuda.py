@@ -183,6 +183,18 @@ def test_routing(ops, sizes, dtype):
     close(ops.routing(votes, sizes[-1], grad), expected_routing(votes, sizes[-1], grad), dtype)
 
 
+# A block gets several capsules, or tiles of samples in `gradients`, from 256 pairs of them on.
+@pytest.mark.parametrize("sizes", [(3, 300, 8, 3, 16, 2), (70, 60, 8, 3, 16, 3), (17, 150, 8, 20, 16, 2),
+                                   (17, 150, 8, 34, 16, 2), (9, 140, 8, 42, 16, 2), (9, 140, 8, 66, 16, 2),
+                                   (3, 300, 5, 3, 6, 2), (3, 300, 3, 60, 15, 2)])
+def test_blocks_with_several_pieces_of_work(ops, sizes):
+    inputs, weight, votes, grad = problem(sizes, torch.float32, scale=0.3)
+    ops.turns(3)
+    close(ops.linear(inputs, weight, sizes[-1], grad), expected_linear(inputs, weight, sizes[-1], grad), torch.float32)
+    if sizes[3] == 3:  # stored votes have no pieces, and blocks of one kind
+        close(ops.routing(votes, sizes[-1], grad), expected_routing(votes, sizes[-1], grad), torch.float32)
+
+
 @pytest.mark.parametrize("first", range(1, 8))
 def test_any_number_of_output_capsules(ops, first):
     for J in range(first, 131, 7):
