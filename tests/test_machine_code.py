@@ -148,5 +148,5 @@ def test_instructions_per_vote(kernels, architecture):
     print(f"sm_{architecture}: {total[10]:.0f} warp instructions per (sample, i, j) at J = 10, of which in one pass",
           *[f"{instructions_per_vote(found, 10):.1f}" for _, found in passes], "; times as many at",
           *[f"J = {J}: {ratios[J]:.2f}" for J in (2, 3, 5, 20, 33, 50, 65, 66, 100)])
-    # With 65 and 66 the lanes of a block have least to do: 130 groups to a slot, in 5 warps.
-    assert not {J: ratio for J, ratio in ratios.items() if ratio > (1.55 if J in (65, 66) else 1.5)}
+    # From 65 to 67 the lanes of a block have least to do: 130 groups to a slot, in 5 warps.
+    assert not {J: ratio for J, ratio in ratios.items() if ratio > (1.6 if J in (65, 66, 67) else 1.5)}
