@@ -217,11 +217,13 @@ def cached(codes, lacking=""):
     library, failed = folder / "caps_native.so", folder / f"failed-{digest(toolkit.circumstances().encode())}"
     verbose = bool(os.environ.get("CAPS_VERBOSE"))  # then torch shows what the tools say, and tells us nothing
     if whole(folder):
-        return import_library(library), f"from {library}", lacking
+        with contextlib.suppress(ImportError):  # of another machine, say: compiled anew
+            return import_library(library), f"from {library}", lacking
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) as held:
         if whole(folder):
-            return import_library(library), f"from {library}", lacking
+            with contextlib.suppress(ImportError):
+                return import_library(library), f"from {library}", lacking
         if failed.exists() and not verbose:
             return cached((), f"{failed.read_text()} (to try again, delete {failed})")
         try:

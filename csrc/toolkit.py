@@ -120,10 +120,11 @@ def cpp_extension():
 def asked_for():
     """The code that TORCH_CUDA_ARCH_LIST names, as torch reads it."""
     codes = []
-    for word in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
+    wanted = re.sub(r"[;,\s]+\+PTX", "+PTX", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    for word in re.split(r"[;,\s]+", wanted):
         if word in ("", "native"):  # the GPUs that are present are among them anyway
             continue
-        for spelling in (word, word.removesuffix("+PTX")):  # most of torch's names, as "Hopper", imply PTX
+        for spelling in filter(None, (word, word.removesuffix("+PTX"))):  # most of torch's names, as "Hopper", imply PTX
             with environment(TORCH_CUDA_ARCH_LIST=spelling), contextlib.suppress(ValueError):
                 flags = cpp_extension()._get_cuda_arch_flags()
                 break
@@ -149,7 +150,7 @@ def cuda():
         return (), why, ""
     try:
         wanted = asked_for()
-    except ValueError as error:
+    except Exception as error:  # also of torch's own reader: the operators for the CPU need none of it
         return (), str(error), ""
     if not present and not wanted:
         return (), why, ""

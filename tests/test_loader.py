@@ -310,6 +310,7 @@ def test_nvcc_is_looked_for_where_torch_does_until_one_fits(ask, tmp_path, monke
 @pytest.mark.parametrize("wanted, gpus, codes", [
     ("8.0", [HOPPER], "sm_80 sm_90"), ("", [HOPPER, (8, 6), HOPPER], "sm_86 sm_90"), ("native", [HOPPER], "sm_90"),
     ("Ampere", [], "sm_80 compute_86 sm_86"), ("Turing+PTX;Hopper", [], "compute_75 sm_75 compute_90 sm_90"),
+    ("9.0 +PTX", [], "compute_90 sm_90"),
     (" 9.0a, 8.0;\t7.5+PTX ;;", [], "compute_75 sm_75 sm_80 sm_90a"),
     ("", [(12, 1)], "compute_103"), ("6.0;12.1+PTX", [], "compute_103"), ("", [(8, 9)], "compute_86")])
 def test_code_for_gpus_that_are_named_or_present(ask, tmp_path, wanted, gpus, codes):

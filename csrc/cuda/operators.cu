@@ -14,7 +14,7 @@
 //
 // Votes are never stored and nothing is added atomically: every sum has one order, so results repeat bit for bit.
 // How the work is cut, and with it the order of every sum, depends on the sizes alone, and no block needs more shared
-// memory than every GPU has: so one result holds on GPUs of every size.
+// memory than every GPU has: so one result holds on all GPUs of an architecture, whatever their size.
 // A thread holds four components d of one j for a few samples: in registers with the models' K and D and J up to 112
 // (ModelSizes), and with other sizes (AnySizes) up to J·⌈D/4⌉ = 224 or somewhat less, else in a workspace.
 
