@@ -57,7 +57,7 @@ def _loaded():
     """(the GPU code in the library, how it was loaded, what befell CUDA), or (None, why it could not be loaded, "")."""
     try:
         module, reason, lacking = load()
-        return re.findall(r"[a-z]+_\w+", module.build_info()["cuda_architectures"]), reason, lacking
+        return toolkit.codes_in(module.build_info()["cuda_architectures"]), reason, lacking
     except Exception as error:  # of a compiler, a file system or a foreign library; CAPS_VERBOSE shows it whole
         if os.environ.get("CAPS_VERBOSE"):
             raise
@@ -120,7 +120,7 @@ def ahead():
     source, processor, codes = (field.decode() for field in stamp.groups())
     if source != source_hash() or processor not in (cpu(), platform.machine()):
         return None, ()
-    return library, re.findall(r"[a-z]+_\w+", codes)
+    return library, toolkit.codes_in(codes)
 
 
 def import_library(library):
@@ -214,16 +214,15 @@ def cached(codes, lacking=""):
     """
     arguments = compile_arguments(codes)
     folder = cache(arguments)
-    library, failed = folder / "caps_native.so", folder / f"failed-{digest(toolkit.circumstances().encode())}"
+    library = folder / "caps_native.so"
+    if module := ready(library):
+        return module, f"from {library}", lacking
     verbose = bool(os.environ.get("CAPS_VERBOSE"))  # then torch shows what the tools say, and tells us nothing
-    if whole(folder):
-        with contextlib.suppress(ImportError):  # of another machine, say: compiled anew
-            return import_library(library), f"from {library}", lacking
+    failed = folder / f"failed-{digest(toolkit.circumstances().encode())}"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) as held:
-        if whole(folder):
-            with contextlib.suppress(ImportError):
-                return import_library(library), f"from {library}", lacking
+        if module := ready(library):
+            return module, f"from {library}", lacking
         if failed.exists() and not verbose:
             return cached((), f"{failed.read_text()} (to try again, delete {failed})")
         try:
@@ -245,10 +244,12 @@ def cache(arguments):
     return pathlib.Path(root).expanduser() / f"caps_{digest(key.encode())}"
 
 
-def whole(folder):
-    with contextlib.suppress(OSError):
-        return (folder / "finished").read_text() == digest((folder / "caps_native.so").read_bytes())
-    return False
+def ready(library):
+    """The module, or None where the file is not whole or does not load, being of another machine, say."""
+    with contextlib.suppress(OSError, ImportError):
+        if library.with_name("finished").read_text() == digest(library.read_bytes()):
+            return import_library(library)
+    return None
 
 
 @contextlib.contextmanager

@@ -70,6 +70,11 @@ def _asked():
     return found, "" if found else "no GPU is present"
 
 
+def codes_in(stamp):
+    """"sm_90,compute_90" -> ["sm_90", "compute_90"]; "none" -> []."""
+    return re.findall(r"[a-z]+_\w+", stamp)
+
+
 def parts(code):
     """"sm_90a" -> "sm", (9, 0), True."""
     kind, major, minor, alone = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", code).groups()
@@ -124,7 +129,8 @@ def asked_for():
     for word in re.split(r"[;,\s]+", wanted):
         if word in ("", "native"):  # the GPUs that are present are among them anyway
             continue
-        for spelling in filter(None, (word, word.removesuffix("+PTX"))):  # most of torch's names, as "Hopper", imply PTX
+        # most of torch's names, as "Hopper", imply PTX
+        for spelling in filter(None, (word, word.removesuffix("+PTX"))):
             with environment(TORCH_CUDA_ARCH_LIST=spelling), contextlib.suppress(ValueError):
                 flags = cpp_extension()._get_cuda_arch_flags()
                 break

@@ -85,19 +85,14 @@ def loops(code):
 
 def warp_instructions(code, times):
     """What a warp issues in the loop over the capsules, or over the tiles of samples: the outermost. A loop within it
-    counts as often as times(its operations, whether it has loops within) says."""
-    all_loops = sorted(loops(code), key=lambda loop: loop[0] - loop[1])
-    weight = {}
-    for first, last in all_loops:
-        inside = [operation for address, operation in code if first <= address <= last]
-        nested = any(first <= a and b <= last and (a, b) != (first, last) for a, b in all_loops)
-        weight[first, last] = times(inside, nested)
-    first, last = all_loops[0]
+    counts as often as times(its operations) says."""
+    (first, last), *inner = sorted(loops(code), key=lambda loop: loop[0] - loop[1])
+    weight = {loop: times([operation for address, operation in code if loop[0] <= address <= loop[1]]) for loop in inner}
     total = 0
     for address, _ in code:
         if first <= address <= last:
             count = 1
-            for loop in all_loops[1:]:
+            for loop in inner:
                 if loop[0] <= address <= loop[1]:
                     count *= weight[loop]
             total += count
@@ -123,7 +118,7 @@ def instructions_per_vote(found, J, T=3, K=8):
     lanes = -(-(-(-4 * J // slots)) // warp_lanes) * warp_lanes
     threads = lanes * teams
 
-    def times(inside, nested):
+    def times(inside):
         text = "\n".join(inside)
         if "BAR" in text:
             return T - 1                      # the iterations, in gradients

@@ -213,7 +213,7 @@ struct Linear {
         for (int r = 0; r < P; ++r)
           for (int c = 0; c < columns; ++c)
             x[r] += spread<P>(g_votes + row + r, c) * y[c];
-        add_rows<P>(fold(x), gw + row * K + k, std::min<int64_t>(P, plan.JD - row), K, width, first);
+        add_rows<P>(segment_sums<T, P>(x), gw + row * K + k, std::min<int64_t>(P, plan.JD - row), K, width, first);
       }
     }
   }
@@ -230,14 +230,6 @@ struct Linear {
       std::memcpy(&pair, reinterpret_cast<const char*>(from) + c * sizeof pair, sizeof pair);
       return (Vec<T>)(Pairs{} + pair);
     }
-  }
-
-  static Vec<T> fold(Vec<T> (&x)[1]) { return x[0]; }
-
-  // Sums over neighbouring lanes: the first half of the lanes from x[0], the second from x[1].
-  static Vec<T> fold(Vec<T> (&x)[2]) {
-    constexpr auto all = std::make_index_sequence<L>();
-    return every_other<T>(x[0], x[1], false, all) + every_other<T>(x[0], x[1], true, all);
   }
 
   template <int P>

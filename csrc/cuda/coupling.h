@@ -52,15 +52,9 @@ __device__ void add_scaled(const Seat<Shape>& seat, const Real* scales, int slot
 // Its numbers: in registers, or where they end up.
 template <class Shape, class Real>
 struct PerCapsule {
-  static constexpr int count = [] {
-    if constexpr (Shape::fixed)
-      return Shape::own;
-    else
-      return 1;
-  }();
   Real* array;
   int stride;
-  Real own[count];
+  Real own[Shape::own];
 
   __device__ PerCapsule(Real* array, int stride) : array(array), stride(stride) {}
   __device__ Real& at(int j, int m) {

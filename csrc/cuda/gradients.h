@@ -16,7 +16,7 @@ struct Gradients {
 // Threads that are to share a multiprocessor, as route_threads() of route.h: two slots hold twice as much.
 template <class Shape>
 constexpr int gradients_threads() {
-  return Fragments<Shape, float, true>::count > 1 ? 256 : 512;
+  return Shape::held_slots > 1 ? 256 : 512;
 }
 
 // ---- what becomes of gû ---------------------------------------------------------------------------------------------
@@ -28,20 +28,19 @@ struct VoteGradients;
 template <class Shape, class Real>
 struct VoteGradients<StoredVotes<Shape, Real>> {
   const Seat<Shape>& seat;
-  const StoredVotes<Shape, Real>& votes;
   const Gradients& n;
   Real* const grad_votes;
 
-  __device__ VoteGradients(const Seat<Shape>& seat, StoredVotes<Shape, Real>& votes, const Gradients& n,
-                           Real* grad_votes, Real*, Real*, Real*)
-      : seat(seat), votes(votes), n(n), grad_votes(grad_votes) {}
+  __device__ VoteGradients(const Seat<Shape>& seat, StoredVotes<Shape, Real>&, const Gradients& n, Real* grad_votes,
+                           Real*, Real*, Real*)
+      : seat(seat), n(n), grad_votes(grad_votes) {}
   __device__ void begin(int, int) {}
   __device__ void tile(int i, int b0, int end, const Fragments<Shape, Real>& result) {
     const int64_t pitch = int64_t(n.N) * seat.z.J_D;
-#pragma unroll
-    for (int slot = 0; slot < seat.z.slots; ++slot)
+    each_slot(seat.z, [&](int slot) {
       write(seat, grad_votes + (b0 * pitch + int64_t(i) * seat.z.J_D), pitch, end - b0, slot, seat.z.full_groups,
             result.get(slot));
+    });
   }
   __device__ void finish(int) {}
 };
@@ -213,11 +212,12 @@ struct ScratchGradients {
   __device__ void finish(int) {}
 };
 
+template <class Shape, class Real>
+using LinearGradients = std::conditional_t<Shape::fixed, RegisterGradients<Shape, Real>, ScratchGradients<Shape, Real>>;
+
 template <class Shape, class Real, bool twice>
-struct VoteGradients<RecomputedVotes<Shape, Real, twice>>
-    : std::conditional_t<Shape::fixed, RegisterGradients<Shape, Real>, ScratchGradients<Shape, Real>> {
-  using Base = std::conditional_t<Shape::fixed, RegisterGradients<Shape, Real>, ScratchGradients<Shape, Real>>;
-  using Base::Base;
+struct VoteGradients<RecomputedVotes<Shape, Real, twice>> : LinearGradients<Shape, Real> {
+  using LinearGradients<Shape, Real>::LinearGradients;
 };
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
@@ -234,8 +234,7 @@ __global__ void __launch_bounds__(gradients_threads<Shape>(), 1)
   Real* const scratch = Shape::in_registers ? shared + 2 * at.piece : global;
   const Seat<Shape> seat(z);
   Votes votes(seat, source, n.B, n.N, shared, at);
-  Fragments<Shape, Real> kept(seat, scratch + at.kept), result(seat, scratch + at.result);
-  constexpr bool hold = Shape::in_registers && Fragments<Shape, Real, true>::count == 1;  // V and gs for their two uses
+  Fragments<Shape, Real> kept(seat, scratch), result(seat, scratch + at.result);
   VoteGradients<Votes> ending(seat, votes, n, grad_source, grad_weight, scratch + at.partial,
                               Shape::in_registers ? global : scratch + at.result);
 
@@ -249,45 +248,36 @@ __global__ void __launch_bounds__(gradients_threads<Shape>(), 1)
       const auto fetch = [&](const Seat<Shape>& seat, const Real* array, int t, int slot) {
         return read(seat, array + (int64_t(t - 1) * n.B + b0) * z.J_D, z.J_D, end - b0, slot, z.full_groups);
       };
-      const auto each_slot = [&](auto&& f) {
-#pragma unroll
-        for (int slot = 0; slot < z.slots; ++slot)
-          f(slot);
-      };
-      each_slot([&](int slot) {
+      each_slot(z, [&](int slot) {
         kept.put(slot, votes.get(slot));
         __syncwarp();  // nothing is loaded before; else gs is, early, and gW is spilled for it
-        auto sum = fetch(seat, gs, 1, slot);
-#pragma unroll
-        for (int q = 0; q < rows; ++q)
-#pragma unroll
-          for (int s = 0; s < Shape::samples; ++s)
-            sum.at[q][s] *= Real(1) / z.J;
-        result.put(slot, sum);
+        result.put(slot, scaled(Real(1) / z.J, fetch(seat, gs, 1, slot)));
       });
       for (int t = n.T; t >= 2; --t) {
         Fragments<Shape, Real, true> held_V(seat, nullptr), held_gs(seat, nullptr);
         const Seat<Shape> here(z);  // anew, twice: else addresses are kept in registers, and gW is spilled for them
-        each_slot([&](int slot) {
+        each_slot(z, [&](int slot) {
           const auto V_x = fetch(here, V, t - 1, slot);
           put_dot(here, scratch + at.logits, slot, kept.get(slot), V_x);
-          if constexpr (!hold)
+          if constexpr (!holds<Shape>)
             __syncwarp();
           const auto gs_x = fetch(here, gs, t, slot);
           put_dot(here, scratch + at.agreement, slot, kept.get(slot), gs_x);
-          if constexpr (hold)
+          if constexpr (holds<Shape>)
             held_V.put(slot, V_x), held_gs.put(slot, gs_x);
         });
         __syncthreads();
         couple<true>(z, scratch + at.logits, scratch + at.agreement, scratch + at.coupling, scratch + at.change);
         __syncthreads();
         const Seat<Shape> there(z);
-        each_slot([&](int slot) {
+        each_slot(z, [&](int slot) {
           auto sum = result.get(slot);
-          add_scaled(there, scratch + at.coupling, slot, hold ? held_gs.get(slot) : fetch(there, gs, t, slot), sum);
-          if constexpr (!hold)
+          add_scaled(there, scratch + at.coupling, slot,
+                     holds<Shape> ? held_gs.get(slot) : fetch(there, gs, t, slot), sum);
+          if constexpr (!holds<Shape>)
             __syncwarp();
-          add_scaled(there, scratch + at.change, slot, hold ? held_V.get(slot) : fetch(there, V, t - 1, slot), sum);
+          add_scaled(there, scratch + at.change, slot,
+                     holds<Shape> ? held_V.get(slot) : fetch(there, V, t - 1, slot), sum);
           result.put(slot, sum);
         });
       }

@@ -174,29 +174,8 @@ void with_shapes(const Sizes& n, F&& f) {
     f(AnySizes<Real, false>(n), AnySizes<Real, false>(n));
 }
 
-// f(plan), for the votes W u or for stored ones. No axis is empty.
-template <class Real, class F>
-void with_plan(const Sizes& n, const Source<Real>& source, cudaStream_t stream, F&& f) {
-  // Kernels count each of them in an int, and go on by a tile at most; within a tile and a W_i they count numbers.
-  STD_TORCH_CHECK(std::max({n.B, n.N, n.K, 32 * n.J * n.D, n.J * n.D * n.K, n.T}) < 1 << 30,
-                  "sizes are expected below 2^30");
-  with_shapes<Real>(n, [&](const auto& route_shape, const auto& gradients_shape) {
-    using RouteShape = std::decay_t<decltype(route_shape)>;
-    using GradientsShape = std::decay_t<decltype(gradients_shape)>;
-    if (n.stored()) {
-      using Votes = StoredVotes<GradientsShape, Real>;  // for route as well: samples that share no W need not be many
-      f(Plan<Votes, Votes>(n, source, stream, gradients_shape, gradients_shape));
-    } else {
-      using GradientVotes = RecomputedVotes<GradientsShape, Real, GradientsShape::ends_in_pieces>;
-      f(Plan<RecomputedVotes<RouteShape, Real>, GradientVotes>(n, source, stream, route_shape, gradients_shape));
-    }
-  });
-}
-
-// ---- the operators on arrays; numbers(count) makes room for so many ----------------------------------------------------
-
-// f(source), whose rows of 16 bytes, if it has such, begin at multiples of them: copied if need be, for with kernels of
-// its own an unaligned tensor would have results of its own.
+// f(source), whose rows of 16 bytes, if it has such, begin at multiples of them: copied if need be, to numbers(count),
+// for with kernels of its own an unaligned tensor would have results of its own.
 template <class Real, class Numbers, class F>
 void with_aligned(const Sizes& n, Source<Real> source, cudaStream_t stream, Numbers&& numbers, F&& f) {
   const Real*& data = n.stored() ? source.votes : source.weight;
@@ -210,34 +189,52 @@ void with_aligned(const Sizes& n, Source<Real> source, cudaStream_t stream, Numb
   f(source);
 }
 
-// Without a vote, outputs and gradients are 0.
+// f(plan), for the votes W u or for stored ones. No axis is empty.
+template <class Real, class Numbers, class F>
+void with_plan(const Sizes& n, const Source<Real>& given, cudaStream_t stream, Numbers&& numbers, F&& f) {
+  // Kernels count each of them in an int, and go on by a tile at most; within a tile and a W_i they count numbers.
+  STD_TORCH_CHECK(std::max({n.B, n.N, n.K, 32 * n.J * n.D, n.J * n.D * n.K, n.T}) < 1 << 30,
+                  "sizes are expected below 2^30");
+  with_aligned(n, given, stream, numbers, [&](const auto& source) {
+    with_shapes<Real>(n, [&](const auto& route_shape, const auto& gradients_shape) {
+      using RouteShape = std::decay_t<decltype(route_shape)>;
+      using GradientsShape = std::decay_t<decltype(gradients_shape)>;
+      if (n.stored()) {
+        using Votes = StoredVotes<GradientsShape, Real>;  // for route as well: samples that share no W may be few
+        f(Plan<Votes, Votes>(n, source, stream, gradients_shape, gradients_shape));
+      } else {
+        using GradientVotes = typename LinearGradients<GradientsShape, Real>::Votes;
+        f(Plan<RecomputedVotes<RouteShape, Real>, GradientVotes>(n, source, stream, route_shape, gradients_shape));
+      }
+    });
+  });
+}
+
+// ---- the operators on arrays ----------------------------------------------------------------------------------------
+//
+// numbers(count) makes room for so many. Without a vote, outputs and gradients are 0.
+
 template <class Real, class Numbers>
-void run_forward(const Sizes& n, const Source<Real>& given, Real* v, Real* sums, cudaStream_t stream,
+void run_forward(const Sizes& n, const Source<Real>& source, Real* v, Real* sums, cudaStream_t stream,
                  Numbers&& numbers) {
   if (n.empty()) {
     fill_zeros(v, n.B * n.J * n.D, stream);
     return fill_zeros(sums, n.T * n.B * n.J * n.D, stream);
   }
-  with_aligned(n, given, stream, numbers, [&](const auto& source) {
-    with_plan(n, source, stream, [&](const auto& plan) {
-      const auto workspace = numbers(plan.forward_workspace());
-      plan.forward(v, sums, workspace.get());
-    });
+  with_plan(n, source, stream, numbers, [&](const auto& plan) {
+    plan.forward(v, sums, numbers(plan.forward_workspace()).get());
   });
 }
 
 template <class Real, class Numbers>
-void run_backward(const Sizes& n, const Source<Real>& given, const Real* grad, const Real* sums, Real* grad_source,
+void run_backward(const Sizes& n, const Source<Real>& source, const Real* grad, const Real* sums, Real* grad_source,
                   Real* grad_weight, cudaStream_t stream, Numbers&& numbers) {
   if (n.empty()) {
     fill_zeros(grad_source, n.stored() ? 0 : n.B * n.N * n.K, stream);
     return fill_zeros(grad_weight, n.stored() ? 0 : n.N * n.J * n.D * n.K, stream);
   }
-  with_aligned(n, given, stream, numbers, [&](const auto& source) {
-    with_plan(n, source, stream, [&](const auto& plan) {
-      const auto workspace = numbers(plan.backward_workspace());
-      plan.backward(grad, sums, grad_source, grad_weight, workspace.get());
-    });
+  with_plan(n, source, stream, numbers, [&](const auto& plan) {
+    plan.backward(grad, sums, grad_source, grad_weight, numbers(plan.backward_workspace()).get());
   });
 }
 

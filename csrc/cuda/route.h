@@ -17,7 +17,7 @@ struct Route {
 // The backward pass holds gs besides V; and of blocks of more than 256 threads there is room for one anyhow.
 template <class Shape>
 constexpr int route_threads(Pass pass) {
-  if (Fragments<Shape, float, true>::count > 1)
+  if (Shape::held_slots > 1)
     return 256;
   return Shape::max_threads > 256 || (Shape::fixed && pass == Pass::backward) ? 384 : 512;
 }
@@ -34,8 +34,7 @@ __global__ void __launch_bounds__(route_threads<Shape>(pass), 1)
   Real* const scratch = Shape::in_registers ? shared + 2 * at.piece : workspace + blockIdx.x * at.size;
   const Seat<Shape> seat(z);
   Votes votes(seat, source, n.B, n.N, shared, at);
-  Fragments<Shape, Real> kept(seat, scratch + at.kept), result(seat, scratch + at.result);
-  constexpr bool hold = Shape::in_registers && Fragments<Shape, Real, true>::count == 1;  // V and gs for all capsules
+  Fragments<Shape, Real> kept(seat, scratch), result(seat, scratch + at.result);
   Fragments<Shape, Real, true> held_V(seat, nullptr), held_gs(seat, nullptr);
 
   each_item<Shape>(int64_t(n.tiles) * n.chunks, [&](int item) {
@@ -44,23 +43,18 @@ __global__ void __launch_bounds__(route_threads<Shape>(pass), 1)
     const auto fetch = [&](const Real* array, int slot) {
       return read(seat, array + int64_t(b0) * z.J_D, z.J_D, n.B - b0, slot, z.full_groups);
     };
-    const auto each_slot = [&](auto&& f) {
-#pragma unroll
-      for (int slot = 0; slot < z.slots; ++slot)
-        f(slot);
-    };
     votes.start(first, b0, 1, 0, end - first);
-    each_slot([&](int slot) {
+    each_slot(z, [&](int slot) {
       result.put(slot, {});
-      if constexpr (hold && pass != Pass::uniform)
+      if constexpr (holds<Shape> && pass != Pass::uniform)
         held_V.put(slot, fetch(V, slot));
-      if constexpr (hold && backward)
+      if constexpr (holds<Shape> && backward)
         held_gs.put(slot, fetch(gs, slot));
     });
 
     for (int i = first; i < end; ++i) {
       if constexpr (pass == Pass::uniform) {
-        each_slot([&](int slot) {
+        each_slot(z, [&](int slot) {
           const auto x = votes.get(slot);
           auto sum = result.get(slot);
 #pragma unroll
@@ -71,19 +65,19 @@ __global__ void __launch_bounds__(route_threads<Shape>(pass), 1)
           result.put(slot, sum);
         });
       } else {
-        each_slot([&](int slot) {
+        each_slot(z, [&](int slot) {
           const auto x = votes.get(slot);
           kept.put(slot, x);
-          put_dot(seat, scratch + at.logits, slot, x, hold ? held_V.get(slot) : fetch(V, slot));
+          put_dot(seat, scratch + at.logits, slot, x, holds<Shape> ? held_V.get(slot) : fetch(V, slot));
           if constexpr (backward)
-            put_dot(seat, scratch + at.agreement, slot, x, hold ? held_gs.get(slot) : fetch(gs, slot));
+            put_dot(seat, scratch + at.agreement, slot, x, holds<Shape> ? held_gs.get(slot) : fetch(gs, slot));
         });
         __syncthreads();
         couple<backward, !backward>(z, scratch + at.logits, scratch + at.agreement, scratch + at.coupling,
                                     scratch + at.change);
         votes.arrive();
         __syncthreads();
-        each_slot([&](int slot) {
+        each_slot(z, [&](int slot) {
           auto sum = result.get(slot);
           add_scaled(seat, scratch + (backward ? at.change : at.coupling), slot, kept.get(slot), sum);
           result.put(slot, sum);
@@ -91,14 +85,10 @@ __global__ void __launch_bounds__(route_threads<Shape>(pass), 1)
       }
     }
 
-    each_slot([&](int slot) {
+    each_slot(z, [&](int slot) {
       auto sum = result.get(slot);
       if constexpr (pass == Pass::uniform)
-#pragma unroll
-        for (int q = 0; q < rows; ++q)
-#pragma unroll
-          for (int s = 0; s < Shape::samples; ++s)
-            sum.at[q][s] *= Real(1) / z.J;
+        sum = scaled(Real(1) / z.J, sum);
       write(seat, shares + (int64_t(chunk) * n.B + b0) * z.J_D, z.J_D, n.B - b0, slot, z.full_groups, sum);
     });
   });

@@ -39,6 +39,6 @@ void fill_zeros(Real* numbers, int64_t count, cudaStream_t stream) {
 }
 
 CAPS_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-CAPS_HD constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
+CAPS_HD constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
 }  // namespace caps::cuda

@@ -13,6 +13,16 @@ struct Fragment {
   Real at[rows][Shape::samples];
 };
 
+template <class Shape, class Real>
+__device__ Fragment<Shape, Real> scaled(Real scale, Fragment<Shape, Real> x) {
+#pragma unroll
+  for (int q = 0; q < rows; ++q)
+#pragma unroll
+    for (int s = 0; s < Shape::samples; ++s)
+      x.at[q][s] *= scale;
+  return x;
+}
+
 // Consecutive numbers that start at a multiple of their size, or of 16 bytes.
 template <int count, class Real>
 __device__ void load(const Real* from, Real* to) {
@@ -78,21 +88,26 @@ __device__ void each_item(int64_t items, F&& f) {
       f(item);
 }
 
+template <class Shape, class F>
+__device__ void each_slot(const Shape& z, F&& f) {
+#pragma unroll
+  for (int slot = 0; slot < z.slots; ++slot)
+    f(slot);
+}
+
+// Whether registers have room for V and gs as well, from their first use to their last.
+template <class Shape>
+constexpr bool holds = Shape::in_registers && Shape::held_slots == 1;
+
 // ---- where a thread keeps its fragments -----------------------------------------------------------------------------
 
 // A thread's fragments, one per slot: in registers, or in global scratch as rows [q, group] of the samples of the tile.
 template <class Shape, class Real, bool in_registers = Shape::in_registers>
 struct Fragments {
-  static constexpr int count = [] {
-    if constexpr (Shape::fixed)
-      return Shape::slots;
-    else
-      return 1;
-  }();
-  Fragment<Shape, Real> at[count];
+  Fragment<Shape, Real> at[Shape::held_slots];
   __device__ Fragments(const Seat<Shape>&, Real*) {}
-  __device__ Fragment<Shape, Real> get(int slot) const { return at[count == 1 ? 0 : slot]; }
-  __device__ void put(int slot, const Fragment<Shape, Real>& x) { at[count == 1 ? 0 : slot] = x; }
+  __device__ Fragment<Shape, Real> get(int slot) const { return at[Shape::held_slots == 1 ? 0 : slot]; }
+  __device__ void put(int slot, const Fragment<Shape, Real>& x) { at[Shape::held_slots == 1 ? 0 : slot] = x; }
 };
 
 template <class Shape, class Real>

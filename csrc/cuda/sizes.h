@@ -13,6 +13,7 @@ namespace caps::cuda {
 // A group is `rows` components d of one j. `lanes` threads side by side take one group each, for `samples` samples;
 // `teams` of them make a tile of samples; `slots` rounds cover all groups. W comes in pieces of `depth` of the K
 // components, of which a thread reads `step` at a time. `pitch` and `stride` are padded against bank conflicts.
+// `held_slots` and `own`: of how many slots, and output capsules, a thread has numbers in registers.
 
 constexpr int rows = 4;
 
@@ -34,7 +35,7 @@ template <class Real, int most_J, int samples_, int slots_, int teams_, int dept
 struct ModelSizes {
   static constexpr bool fixed = true, in_registers = true, full_groups = true;
   static constexpr int K = 8, D = 16, per_j = D / rows, parts_per_j = 1;
-  static constexpr int samples = samples_, slots = slots_, teams = teams_, depth = depth_;
+  static constexpr int samples = samples_, slots = slots_, held_slots = slots, teams = teams_, depth = depth_;
   static constexpr int warp_lanes = 32 / teams;
   static constexpr int max_threads = round_up(ceil_div(most_J * per_j, slots), warp_lanes) * teams;
   static constexpr int tile = samples * teams, stride = tile + (teams > 1 ? pack<Real> : 0);
@@ -70,7 +71,8 @@ struct AnySizes : AnySlots<in_registers_> {
   static constexpr bool fixed = false, in_registers = in_registers_;
   static constexpr bool buffers_hold_weight = false, ends_in_pieces = false;
   static constexpr int samples = pack<Real>, max_threads = 256, max_lanes = 224;
-  static constexpr int depth = pack<Real>, step = pack<Real>, pitch = rows * depth + pack<Real>, sharers = 4;
+  static constexpr int depth = pack<Real>, step = pack<Real>, pitch = rows * depth + pack<Real>;
+  static constexpr int held_slots = 1, sharers = 4, own = 1;
   int K, J, D, J_D, per_j, parts_per_j, groups, lanes, teams, tile, stride, threads;
   bool full_groups;  // D is a multiple of `rows`
 
@@ -101,7 +103,7 @@ struct AnySizes : AnySlots<in_registers_> {
 // Where a block's arrays begin, counted in numbers: first the two pieces, always in shared memory, then the rest.
 struct Scratch {
   int inputs_at, piece;
-  int64_t kept = 0, result, logits, agreement, coupling, change, partial, size;
+  int64_t result, logits, agreement, coupling, change, partial, size;
 
   template <class Shape>
   __host__ __device__ Scratch(const Shape& z, bool recompute, bool backward, bool gradients) {
@@ -109,7 +111,7 @@ struct Scratch {
     piece = recompute ? inputs_at + z.depth * z.stride : 0;
     const int64_t per_capsule = int64_t(z.J) * z.stride, parts = z.parts_per_j * per_capsule;
     const int64_t fragments = z.in_registers ? 0 : int64_t(rows) * z.groups * z.stride;
-    result = kept + fragments;                          // û, then the share of s, or gû
+    result = fragments;                                 // û comes first; then the share of s, or gû
     logits = result + fragments;                        // û·V, in parts_per_j parts
     agreement = logits + parts;                         // and û·gs
     coupling = agreement + (backward ? parts : 0);      // c, unless registers have it for h alone
