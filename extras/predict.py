@@ -1,57 +1,69 @@
-"""The mode `predict`: image files to digits, and, asked for, how the routing of each came to its class.
+"""The mode `predict`: pictures to digits; what was seen in each, and how the routing came to its class.
 
-    python caps.py predict --checkpoint runs/alexcaps-mnist/last.pt digit.png photos/ --explain
+    python caps.py predict --checkpoint runs/alexcaps-mnist/last.pt photo.jpg scans/ --show seen
 """
-
 import glob
+import itertools
+import json
 import pathlib
 import sys
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
-from caps import (CLASSES, UserError, _routing, check_writable, extra, file_name, lengths, load_model,
-                  read_checkpoint, write_atomically)
+from caps import UserError, check_writable, extra, file_name, lengths, load_model, progress, read_checkpoint
 from caps.extras.machine import choose_device
+from caps.extras.reading import read_picture
+
+CHUNK = 256    # files read before the network sees them together
+LENGTH = 0.75  # a longest capsule below it, or not so much longer than the second, is doubted: docs/measurements.md
+MARGIN = 0.30
+BLOT = 0.36    # the width of strokes over a figure's height: a thick felt pen has 0.27
 
 
 def options(add):
     add("--checkpoint")
     add("--device")
     add("images", nargs="+", metavar="IMAGE", type=file_name, help="image files, folders or glob patterns")
-    add("--invert", action="store_true", help="the digits are dark on white")
-    add("--explain", nargs="?", const=".", metavar="DIR", type=file_name,
-        help="also draw each image's routing, as NAME-routing.png in DIR (here)")
+    add("--digits", action="store_true", help="a line for each digit of a picture, with its box")
+    add("--json", action="store_true", help="print a JSON list, an object for each file, with boxes and all lengths")
+    add("--invert", action="store_true", help="the digits are darker than their ground; by default this is found out")
+    for option, what in (("--show", "what was seen in each picture, as NAME-seen.png"),
+                         ("--explain", "each digit's routing, as NAME-routing.png")):
+        add(option, nargs="?", const=".", metavar="DIR", type=file_name, help=f"also draw {what} in DIR (here)")
 
 
 def run(args):
-    """Class and best three capsule lengths of image files; status 1 if one could not be read."""
+    """What each image file shows; status 1 if one could not be read."""
     device = choose_device(args.device)
     model = load_model(read_checkpoint(args.checkpoint), device).eval()
     files = image_files(args.images)
     if not files:
         raise UserError(f"{' '.join(args.images)}: no files there; name images, a folder or a glob")
-    if args.explain:
-        extra("figures")
-        check_writable(args.explain, "--explain")
-    status = 0
-    for path in files:
-        try:
-            image = read_digit(path, args.invert)[None].to(device)
-        except Exception as error:  # Pillow's decoders raise a dozen kinds
-            print(f"{path}: cannot be read as an image ({error})", file=sys.stderr)
-            status = 1
-            continue
-        with torch.no_grad():
-            best = lengths(model(image))[0].topk(3)
-        listing = ", ".join(f"{c} ({length:.3f})" for c, length in zip(best.indices.tolist(), best.values.tolist()))
-        doubt = "" if best.values[0] > 0.5 else "  uncertain: no capsule is longer than 0.5 (dark on white? --invert)"
-        print(f"{path}: {best.indices[0]}  lengths {listing}{doubt}")
-        if args.explain:
-            name = "_".join(part for part in path.parts if part not in ("/", ".."))
-            plot_explanation(model, image, pathlib.Path(args.explain, f"{name}-routing.png"))
-    return status
+    drawing = extra("explain") if args.show or args.explain else None
+    for option in ("show", "explain"):
+        if getattr(args, option):
+            check_writable(getattr(args, option), f"--{option}")
+    results = []
+    with progress("predict", total=len(files)) as bar:
+        for chunk in (files[start:start + CHUNK] for start in range(0, len(files), CHUNK)):
+            pictures = [read(path, args.invert, bar) for path in chunk]
+            scores = classify(model, [figure.image for picture in pictures if picture for figure in picture.figures])
+            for path, picture in zip(chunk, pictures):
+                if picture is None:
+                    results.append(None)
+                    continue
+                result = judge(picture, list(itertools.islice(scores, len(picture.figures))))
+                results.append({"file": str(path), **result})
+                if not args.json:
+                    bar.write("\n".join(lines(path, result, args.digits)))
+                if args.show:
+                    drawing.plot_seen(path, picture, result, pathlib.Path(args.show))
+                if args.explain:
+                    drawing.plot_routing(model, path, picture, result, pathlib.Path(args.explain))
+    if args.json:
+        print(json.dumps([result for result in results if result], indent=1))
+    return int(None in results)
 
 
 def image_files(patterns):
@@ -68,60 +80,70 @@ def image_files(patterns):
     return files
 
 
-def read_digit(path, invert=False):
-    """An image file of any size -> float32 [1, 28, 28] in [0, 1], white on black, framed as MNIST frames its digits.
-
-    A 28×28 image is taken as it is. Another is cut to its ink, fitted into 20×20 pixels, and set with its centre of
-    mass in the middle (LeCun et al., 1998). `invert` is for dark digits on white.
-    """
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith(("I", "F")):  # 16-bit greys; convert("L") would clip them
-            image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white" if invert else "black"), image).convert("L")
-    if invert:
-        image = ImageOps.invert(image)
-    box = image.point(lambda grey: 255 * (grey > 64)).getbbox()
-    if image.size != (28, 28) and box:
-        ink = ImageOps.contain(image.crop(box), (20, 20), Image.Resampling.BOX)
-        weights = np.asarray(ink, np.float64)
-        corner = [round(13.5 - (weights.sum(axis) @ np.arange(size)) / weights.sum())
-                  for axis, size in ((0, ink.width), (1, ink.height))]
-        image = Image.new("L", (28, 28))
-        image.paste(ink, corner)
-    image = image.resize((28, 28))  # of another size only where there is no ink
-    return torch.from_numpy(np.asarray(image, np.float32) / 255).unsqueeze(0)
+def read(path, invert, bar):
+    """The picture of a file, or None with a line on stderr."""
+    bar.update()
+    try:
+        picture = read_picture(path, invert)
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        bar.write(f"{path}: cannot be read as an image ({getattr(error, 'strerror', None) or error})", file=sys.stderr)
+        return None
+    if picture.pages > 1:
+        bar.write(f"{path}: the first of its {picture.pages} pages is read", file=sys.stderr)
+    return picture
 
 
 @torch.no_grad()
-def plot_explanation(model, image, path):
-    """How the routing of one image [1, 1, 28, 28] goes: a map of the primary capsules' coupling per iteration, summed
-    over their types, to the longest and to the second digit capsule, and all lengths after each iteration."""
-    from caps.extras.figures import new_figure  # matplotlib, which plain predictions do without
-    maps, trace = model.backbone(image), []
-    votes = torch.einsum("njdk,bnk->bnjd", model.digits.weight, model.primary(maps))
-    _routing(votes, model.digits.iterations, trace)
-    after = torch.stack([lengths(v)[0] for _, v in trace]).cpu()               # [T, J]
-    classes = after[-1].topk(2).indices.tolist()
-    coupling = torch.stack([c[0].unflatten(0, (model.primary.types, *maps.shape[2:])).sum(0) for c, _ in trace]).cpu()
-    figure, axes = new_figure(3.4 + 2.2 * len(trace), 4.8, columns=len(trace) + 1, rows=2)
-    (digit, *above), (curves, *below) = axes[:len(trace) + 1], axes[len(trace) + 1:]
-    digit.imshow(image[0, 0].cpu(), cmap="gray")
-    digit.set(title=f"classified as {classes[0]}", xlabel="pixels")
-    digit.grid(False)
-    iterations = range(1, len(trace) + 1)
-    for j in range(CLASSES):
-        chosen = {"label": f"class {j}"} if j in classes else {"color": "lightgrey", "zorder": 1}
-        curves.plot(iterations, after[:, j], marker=".", **chosen)
-    curves.set(xlabel="iteration", ylabel="capsule length", ylim=(0, 1), xticks=iterations)
-    curves.legend(fontsize=8)
-    uniform = model.primary.types / CLASSES
-    spread = max((coupling[..., classes] - uniform).abs().max().item(), 1e-6)
-    for j, shown in zip(classes, (above, below)):
-        for t, axis in enumerate(shown):
-            drawn = axis.imshow(coupling[t, :, :, j], cmap="RdBu_r", vmin=uniform - spread, vmax=uniform + spread)
-            axis.set(title=f"to class {j}, iteration {t + 1}", xticks=[], yticks=[], xlabel="primary grid")
-            axis.grid(False)
-        figure.colorbar(drawn, ax=shown, label=f"coupling, sum over types\n(uniform: {uniform:g})", shrink=0.8)
-    write_atomically(path, figure.savefig)
+def classify(model, images):
+    """Capsule lengths [J] of each image [28, 28], one by one out of batches."""
+    device = next(model.parameters()).device
+    for start in range(0, len(images), CHUNK):
+        batch = torch.from_numpy(np.stack(images[start:start + CHUNK])).unsqueeze(1).to(device)
+        yield from lengths(model(batch)).cpu()
+
+
+def judge(picture, scores):
+    """What a picture shows, by its figures' capsule lengths [J], as the object that --json prints: `result` is "digit",
+    "digits", "no digit" or "blank", `text` the digits with / between rows, `uncertain` a reason or null."""
+    digits = []
+    for figure, score in zip(picture.figures, scores):
+        first, second = score.topk(2).indices.tolist()
+        doubt = ("a blot, no stroke" if figure.stroke > BLOT else
+                 f"perhaps no digit, no capsule is longer than {LENGTH}" if score[first] <= LENGTH else
+                 f"{first} or {second}" if score[first] - score[second] < MARGIN else None)
+        digits.append({"digit": first, "row": figure.row, "box": list(figure.box), "uncertain": doubt,
+                       "lengths": [round(length, 4) for length in score.tolist()]})
+    sure = [digit for digit in digits if not digit["uncertain"]]
+    if len(digits) > 1 and len(sure) == 1:  # the others are dirt, if they are not larger
+        tall = [digit["box"][3] - digit["box"][1] for digit in (*sure, *digits)]
+        digits = sure if tall[0] > 0.7 * max(tall) else digits
+    if not digits or len(digits) > 1 and 2 * len(sure) < len(digits):
+        result = "blank" if picture.remark == "blank" else "no digit"
+        doubt = {"blank": "nothing is drawn on it", "texture": "a texture", "small": "too few pixels"}.get(
+            picture.remark, f"{len(digits)} marks, of which {len(sure)} look like digits")
+    else:
+        result = "digit" if len(digits) == 1 else "digits"
+        doubt = next((digit["uncertain"] for digit in digits if digit["uncertain"]), None)
+    rows = itertools.groupby(digits, key=lambda digit: digit["row"])
+    text = "/".join("".join("?" if digit["uncertain"] and len(digits) > 1 else str(digit["digit"]) for digit in row)
+                    for _, row in rows)
+    return {"size": list(picture.size), "result": result, "text": text if result.startswith("digit") else "",
+            "uncertain": doubt, "digits": digits}
+
+
+def lines(path, result, each):
+    """The lines that a result is printed as: one, or one for `each` digit."""
+    def line(digit, place=""):
+        best = sorted(enumerate(digit["lengths"]), key=lambda item: -item[1])[:3]
+        listing = ", ".join(f"{c} ({length:.3f})" for c, length in best)
+        doubt = f"  uncertain: {digit['uncertain']}" if digit["uncertain"] else ""
+        return f"{path}{place}: {digit['digit']}  lengths {listing}{doubt}"
+
+    if result["digits"] and each:
+        return [line(digit, str(digit["box"]).replace(" ", "")) for digit in result["digits"]]
+    if result["result"] == "digit":
+        return [line(result["digits"][0])]
+    if result["result"] == "digits":
+        doubt = "  uncertain: ? may be no digit" if result["uncertain"] else ""
+        return [f"{path}: {result['text']}  several digits: {len(result['digits'])}{doubt}"]
+    return [f"{path}: {result['result']}: {result['uncertain']}"]

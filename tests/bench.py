@@ -6,7 +6,8 @@
     python tests/bench.py train                                           whole steps against the straightforward pipeline
     python tests/bench.py ddp                                             one process against two, on the CPU
     python tests/bench.py accuracy [--epochs 20] [--seeds 1]              whole trainings, fast and plain layers
-    python tests/bench.py all --json F                                    all of these but the sweep and accuracy
+    python tests/bench.py pictures --checkpoint F [--count 300]           accuracy on drawn, scanned, photographed digits
+    python tests/bench.py all --json F                                    ops, scale, train and ddp
 
 Times are medians over rounds in which the variants take turns; a ratio is the median of the rounds' ratios, so that a
 busy machine harms both sides alike. Peak extra memory is what one call adds to memory that already holds arguments: on
@@ -22,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import caps  # noqa: E402
 from bench_operators import ops, scale, sweep  # noqa: E402
+from bench_pictures import pictures  # noqa: E402
 from bench_training import accuracy, accuracy_process, ddp, ddp_process, train  # noqa: E402
 
 
@@ -49,6 +51,10 @@ def main():
     command.add_argument("--seeds", type=int, default=1)
     command.add_argument("--process", nargs=5, help=argparse.SUPPRESS)
     command.set_defaults(run=lambda options: accuracy_process(*options.process) if options.process else accuracy(options))
+    command = commands.add_parser("pictures", help="digits as people photograph, scan and draw them")
+    command.add_argument("--checkpoint", type=Path, required=True)
+    command.add_argument("--count", type=int, default=300, help="pictures of each kind")
+    command.set_defaults(run=pictures)
     command = commands.add_parser("all", help="ops, scale, train and ddp")
     command.set_defaults(run=everything, sizes=None)
     for name in ("scale", "all"):

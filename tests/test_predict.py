@@ -1,11 +1,12 @@
 """Image files to digits, and the picture that explains a prediction."""
+import json
+
 import numpy as np
 import torch
 from common import command
 from PIL import Image
 
 import caps
-from caps.extras import predict
 
 
 def test_predict(trained, embedded, tmp_path):
@@ -43,26 +44,42 @@ def test_predict_explains(trained, embedded, tmp_path):
     assert not torch.allclose(trace[1][0], trace[0][0])
 
 
-def test_a_digit_is_framed_as_in_mnist(tmp_path, embedded):
-    Image.fromarray(embedded.test_images[0].numpy()).save(tmp_path / "as-it-is.png")
-    torch.testing.assert_close(predict.read_digit(tmp_path / "as-it-is.png"), caps.to_float(embedded.test_images[:1])[0])
-    ink = np.zeros((300, 500), np.uint16)
-    ink[20:220, 30:80] = 65535
-    Image.fromarray(ink).save(tmp_path / "bar.png")  # 16-bit, off centre
-    bar = predict.read_digit(tmp_path / "bar.png")[0]
-    rows, columns = bar.sum(1).nonzero().flatten(), bar.sum(0).nonzero().flatten()
-    assert (rows[0], rows[-1], columns[0], columns[-1]) == (4, 23, 11, 15) or (columns[0], columns[-1]) == (12, 16)
-    clear = np.zeros((28, 28, 4), np.uint8)
-    clear[10:20, 10:20, 3] = 255  # opaque black on a transparent ground
-    Image.fromarray(clear).save(tmp_path / "clear.png")
-    assert predict.read_digit(tmp_path / "clear.png", invert=True)[0, 15, 15] == 1
-    blank = Image.new("L", (40, 40))
-    blank.save(tmp_path / "blank.png")
-    assert predict.read_digit(tmp_path / "blank.png").abs().max() == 0
+def test_boxes_and_json_and_what_was_seen(trained, embedded, tmp_path):
+    for number in (0, 1):
+        Image.fromarray(255 - embedded.test_images[number].numpy()).resize((90, 90)).save(tmp_path / f"{number}.png")
+    row = Image.new("L", (300, 120), 255)
+    for number in (0, 1):
+        row.paste(Image.open(tmp_path / f"{number}.png"), (20 + 130 * number, 15))
+    row.save(tmp_path / "row.png")
+    Image.new("L", (60, 80), 200).save(tmp_path / "blank.png")
+    words = ("predict", "--checkpoint", trained / "last.pt", "blank.png", "0.png", "row.png", "missing.png")
+    result = command(*words, "--json", "--show", "seen", cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.count("missing.png") == 1, result.stderr
+    blank, one, two = json.loads(result.stdout)
+    assert blank["result"] == "blank" and blank["digits"] == [] and blank["size"] == [60, 80]
+    assert one["file"] == "0.png" and one["result"] == "digit" and len(one["digits"][0]["lengths"]) == 10
+    assert [digit["box"][0] // 150 for digit in two["digits"]] == [0, 1]
+    for name in ("blank", "0", "row"):
+        assert Image.open(tmp_path / f"seen/{name}.png-seen.png").size[0] > 800
+    result = command(*words[:-1], "--digits", cwd=tmp_path)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and len(lines) == 4 and lines[0] == "blank.png: blank: nothing is drawn on it"
+    assert all(f"{line.split(': ')[0]}".endswith("]") for line in lines[1:])
 
 
-def test_a_blank_image_is_uncertain(trained, tmp_path):
-    Image.new("L", (28, 28), 255).save(tmp_path / "white.png")
-    Image.new("L", (28, 28)).save(tmp_path / "black.png")
+def test_what_cannot_be_read_is_a_line_and_the_rest_goes_on(trained, embedded, tmp_path):
+    Image.new("1", (20000, 10000)).save(tmp_path / "a.png")  # a bomb: 200 million pixels in 25 kB
+    Image.new("1", (12000, 11000)).save(tmp_path / "b.png")
+    Image.new("L", (1, 1)).save(tmp_path / "c.png")
+    whole = tmp_path / "whole.jpg"
+    Image.fromarray(embedded.test_images[0].numpy()).resize((300, 300)).save(whole)
+    (tmp_path / "d.jpg").write_bytes(whole.read_bytes()[:2000])
+    pages = [Image.fromarray(embedded.test_images[i].numpy()).resize((80, 80)) for i in (0, 1)]
+    pages[0].save(tmp_path / "e.tif", save_all=True, append_images=pages[1:])
     result = command("predict", "--checkpoint", trained / "last.pt", tmp_path, cwd=tmp_path)
-    assert result.returncode == 0 and "no capsule is longer than 0.5" in result.stdout
+    errors = [line for line in result.stderr.splitlines() if "native backend" not in line]
+    assert result.returncode == 1 and len(errors) == 4, errors
+    assert all("cannot be read" in line and name in line for line, name in zip(errors, ("a.png", "b.png", "d.jpg")))
+    assert "million" in errors[1] and "first of its 2 pages" in errors[3]
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3 and lines[0].endswith("c.png: no digit: too few pixels") and lines[1].split(": ")[1][0].isdigit()

@@ -1,0 +1,402 @@
+"""From a picture, as people photograph, scan and draw digits, to each digit as MNIST has it.
+
+    pixels    any mode of Pillow -> one channel, the direction of colour in which ink and paper differ most
+    ground    paper or board under its light: a median wider than strokes, which keeps the edges of shadows
+    ink       what lies outside of the ground, darker or lighter, whichever makes the stronger marks
+    marks     connected ink, without frames, ruled lines, borders and dirt; what belongs together is a figure
+    framing   strokes of MNIST's width, 20×20 pixels, the centre of mass in the middle (LeCun et al., 1998)
+
+Pixels are float32, mostly in [0, 1]; boxes are (left, top, right, bottom).
+"""
+import dataclasses
+import warnings
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from scipy import ndimage
+
+LARGEST = 128e6        # pixels of a picture; of more, decoding alone takes many seconds and gigabytes
+SMALLEST = 8           # pixels of the shorter side at least
+WORKING = 1000         # pixels of the longer side at which ink is looked for: half a second for any photograph
+ENLARGED = 112         # pixels of the shorter side at least: below, strokes are too few pixels wide for their edges
+COARSE = 128           # pixels of the shorter side at which the ground is looked for
+WINDOWS = 0.45, 0.9    # of the shorter side: the median's window, and that for strokes too thick for it
+CONTRAST = 0.06        # of the full scale: fainter marks are none
+MARKS = 500            # more are a texture
+TEXTURE = 4, 0.08      # so is a picture with that many times the ink of the other sign, on a wide ground and a close one
+SIDE = 80              # pixels of a figure's longer side at which its strokes are made wider or narrower
+STROKE = 2.6, 3.3     # pixels of MNIST that strokes are at least and at most made wide
+
+
+@dataclasses.dataclass
+class Figure:
+    """What may be a digit: its box in pixels of the upright picture, float32 [28, 28] in [0, 1], white on black,
+    the width of its strokes as a share of its longer side (0: taken as it is), and its row of the picture."""
+    box: tuple
+    image: np.ndarray
+    stroke: float = 0.0
+    row: int = 0
+
+
+@dataclasses.dataclass
+class Picture:
+    """A picture that was read: its upright (width, height), its figures in the order of reading, why it has none
+    ("blank", "texture" or "small"), and how many pages the file has, of which it is the first."""
+    size: tuple
+    figures: list
+    remark: str = ""
+    pages: int = 1
+
+
+def read_picture(path, invert=False):
+    """The figures in an image file. `invert` says that they are darker than their ground; else that is found out.
+
+    Raises what Pillow raises, and ValueError for more than LARGEST pixels. A 28×28 image whose border is black, or
+    white, is taken as it is, or inverted.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # LARGEST is the limit; Pillow's error remains
+        file = Image.open(path)
+    with file:
+        if file.width * file.height > LARGEST:
+            raise ValueError(f"{file.width}×{file.height} pixels, more than {LARGEST / 1e6:.0f} million")
+        turned = file.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        size = file.size[::-1] if turned else file.size
+        pages = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a phone's second picture is the same
+        file.draft(None, (WORKING, WORKING))  # JPEG: decoded at a fraction of its size
+        pixels = one_channel(opaque(ImageOps.exif_transpose(file)))
+    if pixels.shape == (28, 28):
+        border = np.median(np.concatenate([pixels[[0, -1]].ravel(), pixels[1:-1, [0, -1]].ravel()]))
+        if np.ptp(pixels) > 0.1 and (border < 0.1 and not invert or border > 0.9):
+            return Picture(size, [Figure((0, 0, *size), 1 - pixels if border > 0.9 else pixels)], pages=pages)
+    figures, remark = find(pixels, (-1,) if invert else (1, -1))
+    scale = max(size) / max(pixels.shape)
+    for figure in figures:
+        figure.box = tuple(round(side * scale) for side in figure.box)
+    return Picture(size, in_order(figures), remark, pages)
+
+
+def in_order(figures):
+    """Figures row by row, each row from left to right: who overlaps the last of a row by half its height continues it."""
+    rows = []
+    for figure in sorted(figures, key=lambda f: f.box[0]):
+        _, top, _, bottom = figure.box
+        for row in rows:
+            _, above, _, below = row[-1].box
+            if min(bottom, below) - max(top, above) > 0.5 * min(bottom - top, below - above):
+                row.append(figure)
+                break
+        else:
+            rows.append([figure])
+    rows.sort(key=lambda row: np.mean([f.box[1] + f.box[3] for f in row]))
+    for number, row in enumerate(rows):
+        for figure in row:
+            figure.row = number
+    return [figure for row in rows for figure in row]
+
+
+# --------------------------------------------------------------------------------------------------------------- pixels
+
+def opaque(image):
+    """A Pillow image of any mode -> float32 [H, W, C] in [0, 1], C = 1 or 3, of WORKING pixels at most."""
+    if image.mode[0] in "IF":  # 16 and 32 bits, of which 8, 10, 12, 14 may be in use
+        grey = np.asarray(image).astype(np.float32)
+        grey = np.nan_to_num(grey, nan=0, posinf=0, neginf=0)
+        grey -= min(grey.min(), 0)
+        scales = [1] * (image.mode == "F") + [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]
+        grey /= next((scale for scale in scales if grey.max() <= scale), grey.max())
+        image = Image.fromarray(grey)
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+    else:
+        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    image.thumbnail((WORKING, WORKING), Image.Resampling.BOX)
+    pixels = np.atleast_3d(np.asarray(image, np.float32)) / (1 if image.mode == "F" else 255)
+    return on_ground(pixels[..., :3], pixels[..., 3]) if image.mode == "RGBA" else pixels
+
+
+def on_ground(colours, opacity):
+    """Colours [H, W, 3] of opacity [H, W] on the paper that they show, if they are a page, else on black or white,
+    whichever the strokes are not."""
+    rows, columns = (np.flatnonzero((opacity > 0.5).any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return np.zeros_like(colours)
+    seen = opacity > 0.5
+    filled = seen[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].mean()
+    page = filled > 0.6 and colours[seen].std(0).max() > 0.05
+    ground = np.median(colours[seen], 0) if page else float(colours[seen].mean() < 0.5)
+    return colours * opacity[..., None] + (1 - opacity[..., None]) * ground
+
+
+def one_channel(pixels):
+    """[H, W, C] -> [H, W]: along the colour in which strokes differ most from their ground, as grey where none do."""
+    if pixels.shape[2] == 1:
+        return pixels[..., 0]
+    small = smaller(pixels.shape[:2], 64)
+    coarse = [resized(channel, small, Image.Resampling.BOX) for channel in pixels.transpose(2, 0, 1)]
+    rest = np.stack([channel - median(channel, WINDOWS[0]) for channel in coarse], -1).reshape(-1, 3)
+    values, vectors = np.linalg.eigh((rest * np.square(rest).sum(1, keepdims=True)).T @ rest)  # strong ones count more
+    axis = (vectors[:, -1] if values[-1] > 1e-6 else np.ones(3)).astype(np.float32)
+    axis *= (np.sign(axis.sum()) or 1) / np.abs(axis).sum()
+    return pixels @ axis - axis.clip(max=0).sum()  # in [0, 1]
+
+
+def resized(channel, shape, how=Image.Resampling.BILINEAR):
+    """[H, W] resampled to another shape."""
+    return np.asarray(Image.fromarray(channel).resize(shape[::-1], how))
+
+
+def smaller(shape, side):
+    """A shape whose shorter side is `side`, if that makes it smaller."""
+    scale = min(1, side / min(shape))
+    return tuple(max(1, round(length * scale)) for length in shape)
+
+
+# --------------------------------------------------------------------------------------------------------------- ground
+
+def median(grey, window):
+    """The median along rows and then along columns, in a window of that share of the shorter side. It takes out what is
+    narrower than half its window, and leaves edges and slopes of light where they are."""
+    length = round(window * min(grey.shape)) | 1
+    for size in ((1, length), (length, 1)):
+        grey = ndimage.median_filter(grey, size, mode="reflect")
+    return grey
+
+
+def bounds(level, shape):
+    """The darkest and the lightest ground about each pixel, [H, W]: an edge of a shadow lies between them."""
+    return [resized(extreme(level, 5), shape) for extreme in (ndimage.minimum_filter, ndimage.maximum_filter)]
+
+
+def find(grey, signs=(1, -1), depth=0):
+    """[H, W] -> (figures, with boxes in pixels of `grey`; a remark where there are none). `signs`: of ink lighter and
+    darker than its ground."""
+    if min(grey.shape) < SMALLEST:
+        return [], "small"
+    noise = 1.05 * np.median(np.abs(grey[1:, 1:] - grey[:-1, :-1]))  # its deviation, where most of the picture is plain
+    factor = -(-ENLARGED // min(grey.shape))
+    shape = tuple(length * factor for length in grey.shape)
+    enlarged = resized(grey, shape, Image.Resampling.BICUBIC) if factor > 1 else grey
+    blur = 0.7 if noise < 0.01 else 1.0 if noise < 0.05 else 1.5
+    smooth = ndimage.gaussian_filter(enlarged, blur)
+    noise *= 0.8 if factor > 1 else 0.28 / blur
+    coarse = resized(enlarged, smaller(shape, COARSE), Image.Resampling.BOX)
+
+    def marks(level, signs):
+        darkest, lightest = bounds(level, shape)
+        rest = smooth - smooth.clip(darkest, lightest)
+        return sorted((Marks((sign * rest).clip(0), darkest if sign < 0 else None, noise) for sign in signs),
+                      key=lambda marks: marks.energy)
+
+    *others, best = marks(median(coarse, WINDOWS[0]), signs)
+    texture = any(other.total > TEXTURE[0] * best.total for other in others)
+    chosen = (-1 if best.dark else 1,)
+    *_, thick = marks(median(coarse, WINDOWS[1]), chosen if best.figures else signs)
+    if thick.energy > 1.1 * best.energy and thick.replaces(best):
+        best, chosen = thick, (-1 if thick.dark else 1,)
+    if best.figures:  # the ground again, without the ink and in a narrow window, close to the edges of shadows
+        ink = np.isin(best.labels, sum(best.figures, [])).astype(np.float32)
+        covered = ndimage.binary_dilation(resized(ink, coarse.shape, Image.Resampling.BOX) > 0.02, iterations=2)
+        nearest = ndimage.distance_transform_edt(covered, return_distances=False, return_indices=True)
+        close = marks(median(coarse[tuple(nearest)], 0.1), (1, -1))
+        again, other = sorted(close, key=lambda marks: marks.dark != best.dark)
+        texture |= other.total > TEXTURE[1] * again.total
+        best = again if again.figures else best
+    if texture and not depth:
+        return [], "texture"
+    figures = []
+    for parts in best.figures:
+        box = np.array(best.box(parts)) / factor
+        figures += (inside(grey, box, depth) if best.is_sheet(parts) else []) or [
+            Figure(tuple(box), *frame(*best.cut(parts)))]
+    return figures, best.remark
+
+
+def inside(grey, box, depth):
+    """The figures on a mark that is a sheet of paper, a label or a sign: a large rectangle with marks of its own."""
+    left, top, right, bottom = (round(side) for side in box)
+    rim = min(right - left, bottom - top) // 12
+    if depth or rim < 4:
+        return []
+    part = grey[top + rim:bottom - rim, left + rim:right - rim]
+    figures, _ = find(part, depth=1)
+    if any(max(f.box[2] - f.box[0], f.box[3] - f.box[1]) < 0.2 * min(part.shape) for f in figures):
+        return []
+    move = np.array([left + rim, top + rim] * 2)
+    return [Figure(tuple(f.box + move), f.image) for f in figures]
+
+
+# ---------------------------------------------------------------------------------------------------------------- marks
+
+class Marks:
+    """The connected marks in a picture's ink [H, W] >= 0, and figures, lists of marks that belong together.
+
+    labels [H, W]: the number of each pixel's mark, 0 for none; boxes: of the marks that are kept, by number.
+    """
+
+    def __init__(self, rest, ground, noise):
+        """`rest` [H, W] is ink's difference from its ground, >= 0; `ground` [H, W] is given for dark ink, which takes a
+        share of the light there; `noise` is the deviation of grey on plain paper."""
+        self.dark, self.remark, self.boxes, self.figures = ground is not None, "", {}, []
+        ink = self.ink = rest / (ground + 0.02) if self.dark else rest
+        noise = noise / np.median(ground + 0.02) if self.dark else noise
+        self.energy = self.total = 0
+        strong = np.sort(ink[ink > max(3 * noise, CONTRAST / 2)])
+        if not len(strong):
+            self.remark = "blank"
+            return
+        square = np.cumsum(np.square(strong, dtype=np.float64))
+        self.total = square[-1]
+        contrast = strong[np.searchsorted(square, square[-1] / 2)]  # half of all ink is stronger
+        mask, lines = without_lines(ink > max(contrast / 2, 5 * noise, CONTRAST))
+        self.labels, count = ndimage.label(mask, np.ones((3, 3)))
+        area = np.bincount(self.labels.ravel(), minlength=count + 1)
+        area[0] = 0
+        slices = ndimage.find_objects(self.labels)
+        numbers = [i for i in np.argsort(-area) if area[i] > 5]
+        if len(numbers) > MARKS:
+            self.remark = "texture"
+            return
+        for i in numbers:
+            rows, columns = slices[i - 1]
+            box = columns.start, rows.start, columns.stop, rows.stop
+            if not between(box, lines):
+                self.boxes[i] = box
+        self.drop_borders()
+        self.boxes = {i: box for i, box in self.boxes.items() if not self.is_frame(i)}
+        self.group()
+        self.energy = sum(np.power(rest[self.labels == i], 3).sum() for figure in self.figures for i in figure)
+        self.remark = "" if self.figures else "blank"
+
+    def drop_borders(self):
+        """Without what runs along the picture's border: a frame, a table, a finger; nor, if others remain, in a corner."""
+        h, w = self.ink.shape
+        borders = self.labels[:, 0], self.labels[0], self.labels[:, -1], self.labels[-1]
+        touched = {i: [(border == i).mean() if at in (0, end) else 0 for border, at, end in zip(borders, box, (0, 0, w, h))]
+                   for i, box in self.boxes.items()}
+        self.boxes = {i: box for i, box in self.boxes.items() if max(touched[i]) < 0.4}
+        free = {i: box for i, box in self.boxes.items() if np.count_nonzero(touched[i]) < 2}
+        large = {i: box for i, box in self.boxes.items() if i in free or extent(box) > 0.25 * max(h, w)}  # a digit cut out
+        self.boxes = free if any(extent(box) > 0.08 * max(h, w) for box in free.values()) else large
+
+    def is_frame(self, i):
+        """Whether a mark runs along at least three sides of its box, and others lie in it."""
+        left, top, right, bottom = self.boxes[i]
+        h, w = bottom - top, right - left
+        if not any(left < b[0] and top < b[1] and b[2] < right and b[3] < bottom and b[3] - b[1] > 0.15 * h
+                   for b in self.boxes.values()):
+            return False
+        own = self.labels[top:bottom, left:right] == i
+        m, n = max(1, h // 12), max(1, w // 12)
+        sides = own[:m].any(0), own[-m:].any(0), own[:, :n].any(1), own[:, -n:].any(1)
+        return sorted(side.mean() for side in sides)[1] > 0.8
+
+    def group(self):
+        """Figures of the marks: small ones join what they are close to, and are dirt where they are alone."""
+        numbers = sorted(self.boxes, key=lambda i: -extent(self.boxes[i]))
+        if not numbers or extent(self.boxes[numbers[0]]) < 0.02 * max(self.ink.shape):
+            return
+        for i in numbers:
+            size = extent(self.boxes[i]) / extent(self.boxes[numbers[0]])
+            gaps = [min(gap(self.boxes[i], self.boxes[j]) for j in figure) for figure in self.figures]
+            reach = (0.15 if size > 0.12 else 0.08) * extent(self.boxes[numbers[0]])
+            if size < 0.5 and gaps and min(gaps) < reach:
+                self.figures[int(np.argmin(gaps))].append(i)
+            elif size > 0.3:
+                self.figures.append([i])
+
+    def replaces(self, others):
+        """Whether these marks, on a smoother ground, are the same figures as others, more of each, not shadows beside."""
+        h, w = self.ink.shape
+        boxes = [self.box(figure) for figure in self.figures]
+        return not others.figures or len(boxes) <= len(others.figures) and all(
+            left > 0 and top > 0 and right < w and bottom < h for left, top, right, bottom in boxes)
+
+    def box(self, figure):
+        boxes = np.array([self.boxes[i] for i in figure])
+        return (*boxes[:, :2].min(0), *boxes[:, 2:].max(0))
+
+    def is_sheet(self, figure):
+        """Whether a figure without its holes is a rectangle, upright or turned."""
+        left, top, right, bottom = self.box(figure)
+        own = np.isin(self.labels[top:bottom, left:right], figure)
+        if own.mean() < 0.4:
+            return False
+        whole = ndimage.binary_fill_holes(own)
+        y, x = np.nonzero(whole & ~ndimage.binary_erosion(whole))
+        angles = np.deg2rad(np.arange(0, 90, 3))[:, None]
+        sides = [np.ptp(x * np.cos(turn) + y * np.sin(turn), axis=1) + 1 for turn in (angles, angles + np.pi / 2)]
+        return whole.sum() > 0.88 * (sides[0] * sides[1]).min()
+
+    def cut(self, figure):
+        """A figure's own ink [h, w], with a rim: 1 in its strokes, 0 outside; and its extent in pixels."""
+        left, top, right, bottom = self.box(figure)
+        size = max(right - left, bottom - top)
+        rim = 3 + size // 20
+        part = slice(max(0, top - rim), bottom + rim), slice(max(0, left - rim), right + rim)
+        labels = self.labels[part]
+        own = np.isin(labels, figure)
+        near = ndimage.binary_dilation(own, iterations=rim) & (own | (labels == 0))
+        strength = np.quantile(self.ink[part][own], 0.9)
+        return np.where(near, self.ink[part] / strength, 0).clip(0, 1), size
+
+
+def extent(box):
+    return max(box[2] - box[0], box[3] - box[1])
+
+
+def gap(a, b):
+    """Pixels between two boxes; 0 where they touch or overlap."""
+    return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3], 0)
+
+
+def without_lines(mask):
+    """A mask without thin straight lines from border to border, and these lines; strokes that cross them are kept."""
+    lines = np.zeros_like(mask)
+    for found, ink in ((lines, mask), (lines.T, mask.T)):
+        h, w = ink.shape
+        ruled = np.flatnonzero(np.diff(ink[:, w // 10:-(w // 10) or None].mean(1) > 0.97, prepend=False, append=False))
+        for first, end in zip(ruled[::2], ruled[1::2]):
+            width = end - first
+            if width <= max(3, 0.03 * h) and 0 < first and end < h:
+                first, end = max(1, first - 1), min(h - 1, end + 1)  # its pale edges
+                above, below = ink[max(0, first - 1 - width):first].any(0), ink[end:end + 1 + width].any(0)
+                found[first:end] |= ~(above & below)
+    return mask & ~lines, lines
+
+
+def between(box, lines):
+    """Whether a thin mark spans from one line to the next: the rest of a grid."""
+    left, top, right, bottom = box
+    upright = 10 * (right - left) < bottom - top
+    level = 10 * (bottom - top) < right - left
+    return (upright and lines[max(0, top - 2):top + 1, left:right].any() and lines[bottom - 1:bottom + 2, left:right].any()
+            or level and lines[top:bottom, max(0, left - 2):left + 1].any() and lines[top:bottom, right - 1:right + 2].any())
+
+
+# -------------------------------------------------------------------------------------------------------------- framing
+
+def frame(ink, size):
+    """A figure's ink [h, w] in [0, 1], of `size` pixels without its rim -> float32 [28, 28] as MNIST has digits, and the
+    width of its strokes as a share of `size`."""
+    scale = SIDE / size
+    shape = tuple(max(1, round(length * scale)) for length in ink.shape)
+    ink = np.pad(resized(ink, shape, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC), SIDE // 8)
+    mask = ink > min(0.5, ink.max() / 2)
+    depth = ndimage.distance_transform_edt(mask)
+    distance = np.where(mask, depth - 0.5, 0.5 - ndimage.distance_transform_edt(~mask))  # to the edge, > 0 inside
+    width = 4 * depth[mask].mean() - 1          # of a long stroke, whose pixels are width / 4 deep in the mean
+    wanted = np.clip(width, *(SIDE / 20 * pixels for pixels in STROKE))
+    grown = max((wanted - width) / 2, 1.5 - depth.max())  # on each side; something is left of it
+    ink = (distance + grown + 0.5).clip(0, 1).astype(np.float32)
+    rows, columns = (np.flatnonzero((ink > 0.3).any(axis)) for axis in (1, 0))
+    ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    small = resized(ink, tuple(max(1, round(length * 20 / max(ink.shape))) for length in ink.shape), Image.Resampling.BOX)
+    image = np.zeros((28, 28), np.float32)
+    place = []
+    for axis, length in enumerate(small.shape):
+        centre = small.sum(1 - axis) @ np.arange(length) / small.sum()
+        start = min(max(round(14 - centre), 0), 28 - length)  # of all training images the mean is 14.00, counted from 0
+        place.append(slice(start, start + length))
+    image[tuple(place)] = small
+    return image, float(width / SIDE)

@@ -1,0 +1,89 @@
+"""The measurements of bench.py `pictures`: accuracy on pictures as people make them, and what is taken for a digit."""
+import functools
+import io
+import multiprocessing
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from pictures import KINDS, NOTHING, grey
+
+import caps
+from caps.extras import predict, reading
+
+
+def network(checkpoint):
+    """The network of a checkpoint, and the images that it was not trained on: those held out, or the test set."""
+    content = caps.read_checkpoint(checkpoint)
+    config = content["config"]
+    data = caps.load_data(config["dataset"], None, config["holdout"], config["seed"])
+    return caps.load_model(content, torch.device("cpu")).eval(), data.test_images.numpy() / np.float32(255), data.test_labels
+
+
+def saved(image):
+    file = io.BytesIO()
+    image.save(file, "PNG" if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else "TIFF")
+    return file
+
+
+def judged(model, file):
+    picture = reading.read_picture(file)
+    return predict.judge(picture, list(predict.classify(model, [figure.image for figure in picture.figures])))
+
+
+def letters(generator, alphabet="ABCDEFGHJKLMNPQRTUVWXYabcdefhkmnprtuwxy"):
+    """A letter that is no digit's double, in a font that comes with matplotlib."""
+    from matplotlib import font_manager
+    image = Image.new("L", (300, 300), 255)
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), int(generator.integers(90, 220)))
+    ImageDraw.Draw(image).text((150, 150), str(generator.choice(list(alphabet))), 0, font, anchor="mm")
+    return image
+
+
+def a_kind(name, checkpoint, count, seed=0):
+    """(plainly right, right as pictures, certain and wrong, uncertain) of `count` digits as pictures of a kind."""
+    torch.set_num_threads(1)
+    model, images, labels = network(checkpoint)
+    generator = np.random.default_rng(seed)
+    chosen = generator.permutation(len(images))[:count]
+    plain = torch.stack(list(predict.classify(model, list(images[chosen])))).argmax(1)
+    results = [judged(model, saved(KINDS[name](images[i], generator))) for i in chosen]
+    truth = labels[chosen]
+    read = [result["result"] == "digit" and result["digits"][0]["digit"] for result in results]
+    right = [digit is not False and digit == label for digit, label in zip(read, truth.tolist())]
+    doubted = [result["uncertain"] is not None or result["result"] != "digit" for result in results]
+    return {"kind": name, "plain": int((plain == truth).sum()), "right": sum(right),
+            "wrong": sum(not r and not d for r, d in zip(right, doubted)), "doubted": sum(doubted), "of": count}
+
+
+def no_kind(name, checkpoint, count, seed=0):
+    """How many of `count` pictures without a digit are taken for one, or for several, without a doubt; and how many have
+    a figure whose longest capsule is above 0.5."""
+    torch.set_num_threads(1)
+    model, images, _ = network(checkpoint)
+    generator = np.random.default_rng(seed)
+    make = {"letters": letters, "upside-down digits": lambda g: grey(np.rot90(images[g.integers(len(images))], 2)),
+            "noise in place of a digit": lambda g: grey(np.pad(g.random((20, 20)), 4))} | NOTHING
+    results = [judged(model, saved(make[name](generator))) for _ in range(count)]
+    longest = [max((max(digit["lengths"]) for digit in result["digits"]), default=0) for result in results]
+    return {"kind": name, "above 0.5": sum(length > 0.5 for length in longest), "of": count,
+            "accepted": sum(result["result"].startswith("digit") and result["uncertain"] is None for result in results)}
+
+
+def pictures(options):
+    with multiprocessing.get_context("spawn").Pool(options.threads or 2) as pool:
+        arguments = dict(checkpoint=options.checkpoint, count=options.count)
+        kinds = pool.imap(functools.partial(a_kind, **arguments), KINDS)
+        print(f"{'kind':34s}     right   plain    loss  doubted  wrong and not doubted, of {options.count}")
+        result = []
+        for row in kinds:
+            share = 100 / row["of"]
+            print(f"{row['kind']:34s} {share * row['right']:7.1f} % {share * row['plain']:5.1f} % "
+                  f"{share * (row['plain'] - row['right']):5.1f}   {row['doubted']:5d}  {row['wrong']:5d}", flush=True)
+            result.append(row)
+        names = ["letters", "upside-down digits", "noise in place of a digit", *NOTHING]
+        print(f"{'without a digit':34s} a capsule above 0.5, accepted, of {options.count}")
+        for row in pool.imap(functools.partial(no_kind, **arguments), names):
+            print(f"{row['kind']:34s} {row['above 0.5']:5d} {row['accepted']:5d}", flush=True)
+            result.append(row)
+    return {"command": "pictures", "checkpoint": str(options.checkpoint), "results": result}
