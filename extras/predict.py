@@ -114,9 +114,9 @@ def judge(picture, scores):
         digits.append({"digit": first, "row": figure.row, "box": list(figure.box), "uncertain": doubt,
                        "lengths": [round(length, 4) for length in score.tolist()]})
     sure = [digit for digit in digits if not digit["uncertain"]]
-    if len(digits) > 1 and len(sure) == 1:  # the others are dirt, if they are not larger
-        tall = [digit["box"][3] - digit["box"][1] for digit in (*sure, *digits)]
-        digits = sure if tall[0] > 0.7 * max(tall) else digits
+    height = max((digit["box"][3] - digit["box"][1] for digit in sure), default=0)
+    digits = [digit for digit in digits  # the rest is dirt
+              if not digit["uncertain"] or digit["box"][3] - digit["box"][1] > height / 2]
     if not digits or len(digits) > 1 and 2 * len(sure) < len(digits):
         result = "blank" if picture.remark == "blank" else "no digit"
         doubt = {"blank": "nothing is drawn on it", "texture": "a texture", "small": "too few pixels"}.get(

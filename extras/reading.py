@@ -23,7 +23,7 @@ COARSE = 128           # pixels of the shorter side at which the ground is looke
 WINDOWS = 0.45, 0.9    # of the shorter side: the median's window, and that for strokes too thick for it
 CONTRAST = 0.06        # of the full scale: fainter marks are none
 MARKS = 500            # more are a texture
-TEXTURE = 4, 0.08      # so is a picture with that many times the ink of the other sign, on a wide ground and a close one
+TEXTURE = 4, 0.08      # of the other sign's ink to ink's own, on a wide ground and on a close one: more is a texture
 SIDE = 80              # pixels of a figure's longer side at which its strokes are made wider or narrower
 STROKE = 2.6, 3.3     # pixels of MNIST that strokes are at least and at most made wide
 
@@ -77,7 +77,7 @@ def read_picture(path, invert=False):
 
 
 def in_order(figures):
-    """Figures row by row, each row from left to right: who overlaps the last of a row by half its height continues it."""
+    """Figures row by row, from left to right: who overlaps the last of a row by half its height continues it."""
     rows = []
     for figure in sorted(figures, key=lambda f: f.box[0]):
         _, top, _, bottom = figure.box
@@ -158,9 +158,24 @@ def median(grey, window):
     """The median along rows and then along columns, in a window of that share of the shorter side. It takes out what is
     narrower than half its window, and leaves edges and slopes of light where they are."""
     length = round(window * min(grey.shape)) | 1
+    light = slope(grey)  # at the border a reflected slope would be a ridge
+    grey = grey - light
     for size in ((1, length), (length, 1)):
         grey = ndimage.median_filter(grey, size, mode="reflect")
-    return grey
+    return grey + light
+
+
+def slope(grey):
+    """The quadratic surface through most of a picture [H, W], by least squares in which outliers count less and less; 0
+    where there is none: a sheet on a table, a shadow."""
+    y, x = (axis / max(grey.shape) - 0.5 for axis in np.indices(grey.shape, np.float32))
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], -1).reshape(-1, 6)
+    values, weight = grey.ravel(), np.ones(grey.size, np.float32)
+    for _ in range(4):
+        fit = np.linalg.lstsq(terms.T @ (terms * weight[:, None]), terms.T @ (weight * values))[0]
+        rest = np.abs(values - terms @ fit)
+        weight = 1 / (1 + np.square(rest / (np.median(rest) + 0.01)))
+    return (terms @ fit).reshape(grey.shape).astype(np.float32) * np.float32(np.median(rest) < 0.03)
 
 
 def bounds(level, shape):
@@ -269,14 +284,15 @@ class Marks:
         self.remark = "" if self.figures else "blank"
 
     def drop_borders(self):
-        """Without what runs along the picture's border: a frame, a table, a finger; nor, if others remain, in a corner."""
+        """Without what runs along the picture's border, a frame or a table, or, if others remain, lies in a corner."""
         h, w = self.ink.shape
         borders = self.labels[:, 0], self.labels[0], self.labels[:, -1], self.labels[-1]
-        touched = {i: [(border == i).mean() if at in (0, end) else 0 for border, at, end in zip(borders, box, (0, 0, w, h))]
+        ends = 0, 0, w, h
+        touched = {i: [(border == i).mean() if at == end else 0 for border, at, end in zip(borders, box, ends)]
                    for i, box in self.boxes.items()}
         self.boxes = {i: box for i, box in self.boxes.items() if max(touched[i]) < 0.4}
         free = {i: box for i, box in self.boxes.items() if np.count_nonzero(touched[i]) < 2}
-        large = {i: box for i, box in self.boxes.items() if i in free or extent(box) > 0.25 * max(h, w)}  # a digit cut out
+        large = {i: box for i, box in self.boxes.items() if i in free or extent(box) > 0.25 * max(h, w)}  # cut out
         self.boxes = free if any(extent(box) > 0.08 * max(h, w) for box in free.values()) else large
 
     def is_frame(self, i):
@@ -306,7 +322,7 @@ class Marks:
                 self.figures.append([i])
 
     def replaces(self, others):
-        """Whether these marks, on a smoother ground, are the same figures as others, more of each, not shadows beside."""
+        """Whether these marks, on a smoother ground, are the same figures as others, more of each, and no shadows."""
         h, w = self.ink.shape
         boxes = [self.box(figure) for figure in self.figures]
         return not others.figures or len(boxes) <= len(others.figures) and all(
@@ -370,15 +386,16 @@ def between(box, lines):
     left, top, right, bottom = box
     upright = 10 * (right - left) < bottom - top
     level = 10 * (bottom - top) < right - left
-    return (upright and lines[max(0, top - 2):top + 1, left:right].any() and lines[bottom - 1:bottom + 2, left:right].any()
-            or level and lines[top:bottom, max(0, left - 2):left + 1].any() and lines[top:bottom, right - 1:right + 2].any())
+    above, below = lines[max(0, top - 2):top + 1, left:right], lines[bottom - 1:bottom + 2, left:right]
+    before, after = lines[top:bottom, max(0, left - 2):left + 1], lines[top:bottom, right - 1:right + 2]
+    return bool(upright and above.any() and below.any() or level and before.any() and after.any())
 
 
 # -------------------------------------------------------------------------------------------------------------- framing
 
 def frame(ink, size):
-    """A figure's ink [h, w] in [0, 1], of `size` pixels without its rim -> float32 [28, 28] as MNIST has digits, and the
-    width of its strokes as a share of `size`."""
+    """A figure's ink [h, w] in [0, 1], of `size` pixels without its rim -> float32 [28, 28] as MNIST has digits, and
+    the width of its strokes as a share of `size`."""
     scale = SIDE / size
     shape = tuple(max(1, round(length * scale)) for length in ink.shape)
     ink = np.pad(resized(ink, shape, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC), SIDE // 8)
@@ -391,7 +408,8 @@ def frame(ink, size):
     ink = (distance + grown + 0.5).clip(0, 1).astype(np.float32)
     rows, columns = (np.flatnonzero((ink > 0.3).any(axis)) for axis in (1, 0))
     ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-    small = resized(ink, tuple(max(1, round(length * 20 / max(ink.shape))) for length in ink.shape), Image.Resampling.BOX)
+    shape = tuple(max(1, round(length * 20 / max(ink.shape))) for length in ink.shape)
+    small = resized(ink, shape, Image.Resampling.BOX)
     image = np.zeros((28, 28), np.float32)
     place = []
     for axis, length in enumerate(small.shape):

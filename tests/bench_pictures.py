@@ -17,7 +17,8 @@ def network(checkpoint):
     content = caps.read_checkpoint(checkpoint)
     config = content["config"]
     data = caps.load_data(config["dataset"], None, config["holdout"], config["seed"])
-    return caps.load_model(content, torch.device("cpu")).eval(), data.test_images.numpy() / np.float32(255), data.test_labels
+    model = caps.load_model(content, torch.device("cpu")).eval()
+    return model, data.test_images.numpy() / np.float32(255), data.test_labels
 
 
 def saved(image):
@@ -29,6 +30,20 @@ def saved(image):
 def judged(model, file):
     picture = reading.read_picture(file)
     return predict.judge(picture, list(predict.classify(model, [figure.image for figure in picture.figures])))
+
+
+def ends(digit):
+    """(the longest capsule, by how much it is longer than the second)."""
+    second, first = sorted(digit["lengths"])[-2:]
+    return first, first - second
+
+
+def best_limits(digits, others):
+    """(share of digits accepted - share of others accepted, limit of length, limit of margin), the best of a grid."""
+    def accepted(pairs, length, margin):
+        return np.mean([a > length and b >= margin for a, b in pairs])
+    return max((accepted(digits, length, margin) - accepted(others, length, margin), length, margin)
+               for length in np.arange(0.5, 0.92, 0.02).round(2) for margin in np.arange(0, 0.85, 0.05).round(2))
 
 
 def letters(generator, alphabet="ABCDEFGHJKLMNPQRTUVWXYabcdefhkmnprtuwxy"):
@@ -52,13 +67,14 @@ def a_kind(name, checkpoint, count, seed=0):
     read = [result["result"] == "digit" and result["digits"][0]["digit"] for result in results]
     right = [digit is not False and digit == label for digit, label in zip(read, truth.tolist())]
     doubted = [result["uncertain"] is not None or result["result"] != "digit" for result in results]
-    return {"kind": name, "plain": int((plain == truth).sum()), "right": sum(right),
+    pairs = [ends(result["digits"][0]) for result, r in zip(results, right) if r]
+    return {"kind": name, "ends": pairs, "plain": int((plain == truth).sum()), "right": sum(right),
             "wrong": sum(not r and not d for r, d in zip(right, doubted)), "doubted": sum(doubted), "of": count}
 
 
 def no_kind(name, checkpoint, count, seed=0):
-    """How many of `count` pictures without a digit are taken for one, or for several, without a doubt; and how many have
-    a figure whose longest capsule is above 0.5."""
+    """How many of `count` pictures without a digit are taken for one, or for several, without a doubt; and how many
+    have a figure whose longest capsule is above 0.5."""
     torch.set_num_threads(1)
     model, images, _ = network(checkpoint)
     generator = np.random.default_rng(seed)
@@ -66,11 +82,13 @@ def no_kind(name, checkpoint, count, seed=0):
             "noise in place of a digit": lambda g: grey(np.pad(g.random((20, 20)), 4))} | NOTHING
     results = [judged(model, saved(make[name](generator))) for _ in range(count)]
     longest = [max((max(digit["lengths"]) for digit in result["digits"]), default=0) for result in results]
-    return {"kind": name, "above 0.5": sum(length > 0.5 for length in longest), "of": count,
+    pairs = [ends(digit) for result in results for digit in result["digits"] if "blot" not in (digit["uncertain"] or "")]
+    return {"kind": name, "ends": pairs, "above 0.5": sum(length > 0.5 for length in longest), "of": count,
             "accepted": sum(result["result"].startswith("digit") and result["uncertain"] is None for result in results)}
 
 
 def pictures(options):
+    """Prints and returns all rows, and the limits of length and margin that would separate these pictures best."""
     with multiprocessing.get_context("spawn").Pool(options.threads or 2) as pool:
         arguments = dict(checkpoint=options.checkpoint, count=options.count)
         kinds = pool.imap(functools.partial(a_kind, **arguments), KINDS)
@@ -86,4 +104,10 @@ def pictures(options):
         for row in pool.imap(functools.partial(no_kind, **arguments), names):
             print(f"{row['kind']:34s} {row['above 0.5']:5d} {row['accepted']:5d}", flush=True)
             result.append(row)
+    pairs = [[pair for row in result if ("right" in row) == digit for pair in row["ends"]] for digit in (True, False)]
+    for row in result:
+        del row["ends"]
+    difference, length, margin = best_limits(*pairs)
+    print(f"{len(pairs[0])} digits and {len(pairs[1])} other figures are told apart best by a length above {length} and "
+          f"a margin of {margin}: {100 * difference:.1f} points more digits are accepted")
     return {"command": "pictures", "checkpoint": str(options.checkpoint), "results": result}

@@ -140,7 +140,8 @@ def noisy_28_pixels(digit, generator):
 @kind
 def lit_from_one_side(digit, generator):
     ink = place(digit, generator)
-    return grey(paper_with(ink, 1, 0.25) * ramp(ink.shape, generator, 120 / 255, 230 / 255) + noise(ink.shape, generator, 0.01))
+    light = ramp(ink.shape, generator, 120 / 255, 230 / 255)
+    return grey(paper_with(ink, 1, 0.25) * light + noise(ink.shape, generator, 0.01))
 
 
 @kind
@@ -168,7 +169,8 @@ def chalk_on_a_blackboard(digit, generator):
     ink = place(digit, generator)
     board = clouds(ink.shape, generator, 60, 0.12, 0.3)
     chalk = ink * (0.75 + noise(ink.shape, generator, 0.12))
-    return colour(chalk.clip(0, 1), np.dstack([board, board * 1.1, board]) + noise(ink.shape, generator, 0.02)[..., None], (0.9, 0.9, 0.88))
+    board = np.dstack([board, board * 1.1, board]) + noise(ink.shape, generator, 0.02)[..., None]
+    return colour(chalk.clip(0, 1), board, (0.9, 0.9, 0.88))
 
 
 @kind
