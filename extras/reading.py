@@ -24,6 +24,7 @@ WINDOWS = 0.45, 0.9    # of the shorter side: the median's window, and that for 
 CONTRAST = 0.06        # of the full scale: fainter marks are none
 MARKS = 500            # more are a texture
 TEXTURE = 4, 0.08      # of the other sign's ink to ink's own, on a wide ground and on a close one: more is a texture
+FAINT = 0.05           # of the strongest figure's ink, cubed: less is a shadow or the edge of a sheet
 SIDE = 80              # pixels of a figure's longer side at which its strokes are made wider or narrower
 STROKE = 2.6, 3.3     # pixels of MNIST that strokes are at least and at most made wide
 
@@ -280,19 +281,28 @@ class Marks:
         self.drop_borders()
         self.boxes = {i: box for i, box in self.boxes.items() if not self.is_frame(i)}
         self.group()
-        self.energy = sum(np.power(rest[self.labels == i], 3).sum() for figure in self.figures for i in figure)
+        powers = [sum(np.power(rest[self.labels == i], 3).sum() for i in figure) for figure in self.figures]
+        self.figures = [figure for figure, power in zip(self.figures, powers) if power > FAINT * max(powers)]
+        self.energy = sum(powers)
         self.remark = "" if self.figures else "blank"
 
     def drop_borders(self):
-        """Without what runs along the picture's border, a frame or a table, or, if others remain, lies in a corner."""
+        """Without what runs along the picture's border, a frame or a table; nor, where others remain, with what lies in
+        a corner or has a side on the border."""
         h, w = self.ink.shape
         borders = self.labels[:, 0], self.labels[0], self.labels[:, -1], self.labels[-1]
-        ends = 0, 0, w, h
-        touched = {i: [(border == i).mean() if at == end else 0 for border, at, end in zip(borders, box, ends)]
-                   for i, box in self.boxes.items()}
-        self.boxes = {i: box for i, box in self.boxes.items() if max(touched[i]) < 0.4}
-        free = {i: box for i, box in self.boxes.items() if np.count_nonzero(touched[i]) < 2}
-        large = {i: box for i, box in self.boxes.items() if i in free or extent(box) > 0.25 * max(h, w)}  # cut out
+        free, large = {}, {}
+        for i, box in self.boxes.items():
+            left, top, right, bottom = box
+            at = [np.count_nonzero(border == i) * (place == end)
+                  for border, place, end in zip(borders, box, (0, 0, w, h))]
+            if max(at[0], at[2]) >= 0.4 * h or max(at[1], at[3]) >= 0.4 * w:
+                continue
+            on_border = max(at[0], at[2]) > 0.6 * (bottom - top) or max(at[1], at[3]) > 0.6 * (right - left)
+            if np.count_nonzero(at) < 2 and not on_border:
+                free[i] = box
+            if i in free or extent(box) > 0.25 * max(h, w):  # or a digit that was cut out
+                large[i] = box
         self.boxes = free if any(extent(box) > 0.08 * max(h, w) for box in free.values()) else large
 
     def is_frame(self, i):

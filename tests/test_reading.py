@@ -135,7 +135,8 @@ def test_several_digits_are_read_in_order(digits):
         result = judged(model, saved(grey(sheet)))
         text = "".join(str(labels[i]) for i in order)
         assert result["result"] == "digits" and len(result["digits"]) == 6
-        assert sum(a == b for a, b in zip(result["text"], text[:4] + "/" + text[4:])) >= 6, result["text"]
+        assert sum(digit["digit"] == int(true) for digit, true in zip(result["digits"], text)) >= 5, result["text"]
+        assert [digit["row"] for digit in result["digits"]] == [0, 0, 0, 0, 1, 1]
         for number, digit in enumerate(result["digits"]):
             row, column = divmod(number, 4)
             left, top, right, bottom = digit["box"]
@@ -155,7 +156,7 @@ def test_digits_in_the_boxes_of_a_form(digits):
 
 
 @pytest.mark.parametrize("longest, second, stroke, doubt", [
-    (0.9, 0.1, 0.13, None), (0.5, 0.1, 0.13, "perhaps no digit"), (0.85, 0.8, 0.13, "3 or 8"),
+    (0.9, 0.1, 0.13, None), (0.5, 0.1, 0.13, "perhaps no digit"), (0.9, 0.8, 0.13, "3 or 8"),
     (0.9, 0.1, 0.6, "a blot")])
 def test_what_is_doubted(longest, second, stroke, doubt):
     scores = torch.full((10,), 0.05)
