@@ -48,7 +48,7 @@ def plot_seen(path, picture, result, folder):
         seen.grid(False)
         colours = [colour if c == digit["digit"] else "lightgrey" for c in range(CLASSES)]
         bars.bar(range(CLASSES), digit["lengths"], color=colours)
-        bars.set(ylim=(0, 1), xticks=range(CLASSES), ylabel="length", title=digit["uncertain"] or "")
+        bars.set(ylim=(0, 1), xticks=range(CLASSES), ylabel="length", title=(digit["uncertain"] or "").split(",")[0])
     for axis in axes[1:3] if not digits else ():
         axis.remove()
     write_atomically(named(path, folder, "seen"), figure.savefig)
