@@ -192,7 +192,7 @@ def find(grey, signs=(1, -1), depth=0):
     noise = 1.05 * np.median(np.abs(grey[1:, 1:] - grey[:-1, :-1]))  # its deviation, where most of the picture is plain
     factor = -(-ENLARGED // min(grey.shape))
     shape = tuple(length * factor for length in grey.shape)
-    enlarged = resized(grey, shape, Image.Resampling.BICUBIC) if factor > 1 else grey
+    enlarged = resized(grey, shape, Image.Resampling.BICUBIC).clip(grey.min(), grey.max()) if factor > 1 else grey
     blur = 0.7 if noise < 0.01 else 1.0 if noise < 0.05 else 1.5
     smooth = ndimage.gaussian_filter(enlarged, blur)
     noise *= 0.8 if factor > 1 else 0.28 / blur
@@ -262,7 +262,7 @@ class Marks:
             self.remark = "blank"
             return
         square = np.cumsum(np.square(strong, dtype=np.float64))
-        self.total = square[-1]
+        self.total = float(np.square(rest[ink > max(3 * noise, CONTRAST / 2)]).sum())  # in grey, for both signs alike
         contrast = strong[np.searchsorted(square, square[-1] / 2)]  # half of all ink is stronger
         mask, lines = without_lines(ink > max(contrast / 2, 5 * noise, CONTRAST))
         self.labels, count = ndimage.label(mask, np.ones((3, 3)))
@@ -287,8 +287,8 @@ class Marks:
         self.remark = "" if self.figures else "blank"
 
     def drop_borders(self):
-        """Without what runs along the picture's border, a frame or a table; nor, where others remain, with what lies in
-        a corner or has a side on the border."""
+        """Without what runs along the picture's border, a frame or a table, and what is small in a corner; nor, where
+        others remain, with strips on the border."""
         h, w = self.ink.shape
         borders = self.labels[:, 0], self.labels[0], self.labels[:, -1], self.labels[-1]
         free, large = {}, {}
@@ -298,11 +298,13 @@ class Marks:
                   for border, place, end in zip(borders, box, (0, 0, w, h))]
             if max(at[0], at[2]) >= 0.4 * h or max(at[1], at[3]) >= 0.4 * w:
                 continue
-            on_border = max(at[0], at[2]) > 0.6 * (bottom - top) or max(at[1], at[3]) > 0.6 * (right - left)
-            if np.count_nonzero(at) < 2 and not on_border:
-                free[i] = box
-            if i in free or extent(box) > 0.25 * max(h, w):  # or a digit that was cut out
+            upright, level = max(at[0], at[2]) / (bottom - top), max(at[1], at[3]) / (right - left)  # shares of its sides
+            strip = (level > 0.6 and right - left > 1.5 * (bottom - top)
+                     or upright > 0.6 and bottom - top > 1.5 * (right - left))
+            if np.count_nonzero(at) < 2 or extent(box) > 0.25 * max(h, w):  # of a small one in a corner too little is seen
                 large[i] = box
+                if not strip:
+                    free[i] = box
         self.boxes = free if any(extent(box) > 0.08 * max(h, w) for box in free.values()) else large
 
     def is_frame(self, i):
