@@ -1,4 +1,6 @@
 """Pictures of predictions: what was seen in a picture, and how the routing of a digit came to its class."""
+import os
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -9,12 +11,7 @@ from caps.extras.figures import new_figure
 SHOWN = 12  # figures of a picture
 
 
-def named(path, folder, what):
-    """A file in a folder for what is drawn of an image file."""
-    return folder / ("_".join(part for part in path.parts if part not in ("/", "..")) + f"-{what}.png")
-
-
-def plot_seen(path, picture, result, folder):
+def plot_seen(path, picture, result, drawing):
     """The picture with the boxes of its digits, and beside it each as the network saw it, with its lengths."""
     digits = result["digits"][:SHOWN]
     images = {figure.box: figure.image for figure in picture.figures}
@@ -35,7 +32,9 @@ def plot_seen(path, picture, result, folder):
         shown = shown.convert("RGBA" if shown.has_transparency_data else "RGB")
     whole.imshow(shown, cmap="gray" if grey else None, extent=(0, picture.size[0], picture.size[1], 0))
     heading = result["text"] or result["result"]
-    whole.set(title=f"{path.name}: {heading}" + "\nuncertain" * bool(result["uncertain"]), xlabel="pixels")
+    name = os.fsencode(path.name).decode(errors="replace")
+    whole.set_title(f"{name}: {heading}" + "\nuncertain" * bool(result["uncertain"]), parse_math=False)
+    whole.set_xlabel("pixels")
     whole.grid(False)
     for row, digit in enumerate(digits):
         left, top, right, bottom = digit["box"]
@@ -51,17 +50,17 @@ def plot_seen(path, picture, result, folder):
         bars.set(ylim=(0, 1), xticks=range(CLASSES), ylabel="length", title=(digit["uncertain"] or "").split(",")[0])
     for axis in axes[1:3] if not digits else ():
         axis.remove()
-    write_atomically(named(path, folder, "seen"), figure.savefig)
+    write_atomically(drawing.with_name(f"{drawing.name}-seen.png"), figure.savefig)
 
 
-def plot_routing(model, path, picture, result, folder):
+def plot_routing(model, picture, result, drawing):
     """`plot_explanation` of each digit in a result; of several, their numbers are in the files' names."""
     device = next(model.parameters()).device
     images = {figure.box: figure.image for figure in picture.figures}
     for number, digit in enumerate(result["digits"], 1):
         image = torch.from_numpy(images[tuple(digit["box"])])[None, None].to(device)
         which = f"{number}-" if len(result["digits"]) > 1 else ""
-        plot_explanation(model, image, named(path, folder, f"{which}routing"))
+        plot_explanation(model, image, drawing.with_name(f"{drawing.name}-{which}routing.png"))
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def run(args):
     for option in ("show", "explain"):
         if getattr(args, option):
             check_writable(getattr(args, option), f"--{option}")
-    results = []
+    results, names = [], drawing_names(files)
     with progress("predict", total=len(files)) as bar:
         for chunk in (files[start:start + CHUNK] for start in range(0, len(files), CHUNK)):
             pictures = [read(path, args.invert, bar) for path in chunk]
@@ -58,9 +58,9 @@ def run(args):
                 if not args.json:
                     bar.write("\n".join(lines(path, result, args.digits)))
                 if args.show:
-                    drawing.plot_seen(path, picture, result, pathlib.Path(args.show))
+                    drawing.plot_seen(path, picture, result, pathlib.Path(args.show, names[len(results) - 1]))
                 if args.explain:
-                    drawing.plot_routing(model, path, picture, result, pathlib.Path(args.explain))
+                    drawing.plot_routing(model, picture, result, pathlib.Path(args.explain, names[len(results) - 1]))
     if args.json:
         print(json.dumps([result for result in results if result], indent=1))
     return int(None in results)
@@ -78,6 +78,12 @@ def image_files(patterns):
         else:
             files += [pathlib.Path(f) for f in sorted(glob.glob(pattern, recursive=True))] or [path]
     return files
+
+
+def drawing_names(files):
+    """A name for what is drawn of each file: its path with _ for /, numbered where two come to the same."""
+    names = ["_".join(part for part in path.parts if part not in ("/", "..")) for path in files]
+    return [name + f"-{names[:i].count(name) + 1}" * (name in names[:i]) for i, name in enumerate(names)]
 
 
 def read(path, invert, bar):
@@ -115,8 +121,10 @@ def judge(picture, scores):
                        "lengths": [round(length, 4) for length in score.tolist()]})
     sure = [digit for digit in digits if not digit["uncertain"]]
     height = max((digit["box"][3] - digit["box"][1] for digit in sure), default=0)
-    digits = [digit for digit in digits  # the rest is dirt
-              if not digit["uncertain"] or digit["box"][3] - digit["box"][1] > height / 2]
+    small = [digit for digit in digits if digit["box"][3] - digit["box"][1] < height / 2]
+    digits = [digit for digit in digits if digit not in small or not digit["uncertain"]]  # the others are dirt
+    for digit in small:
+        digit["uncertain"] = digit["uncertain"] or "small beside the others"  # a comma, a sign
     if not digits or len(digits) > 1 and 2 * len(sure) < len(digits):
         result = "blank" if picture.remark == "blank" else "no digit"
         doubt = {"blank": "nothing is drawn on it", "texture": "a texture", "small": "too few pixels"}.get(

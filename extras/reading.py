@@ -70,10 +70,11 @@ def read_picture(path, invert=False):
         border = np.median(np.concatenate([pixels[[0, -1]].ravel(), pixels[1:-1, [0, -1]].ravel()]))
         if np.ptp(pixels) > 0.1 and (border < 0.1 and not invert or border > 0.9):
             return Picture(size, [Figure((0, 0, *size), 1 - pixels if border > 0.9 else pixels)], pages=pages)
-    figures, remark = find(pixels, (-1,) if invert else (1, -1))
+    margin, framed = with_margin(pixels)
+    figures, remark = find(framed, (-1,) if invert else (1, -1))
     scale = max(size) / max(pixels.shape)
     for figure in figures:
-        figure.box = tuple(round(side * scale) for side in figure.box)
+        figure.box = tuple(min(max(round((side - margin) * scale), 0), end) for side, end in zip(figure.box, size * 2))
     return Picture(size, in_order(figures), remark, pages)
 
 
@@ -119,10 +120,11 @@ def opaque(image):
 def on_ground(colours, opacity):
     """Colours [H, W, 3] of opacity [H, W] on the paper that they show, if they are a page, else on black or white,
     whichever the strokes are not."""
-    rows, columns = (np.flatnonzero((opacity > 0.5).any(axis)) for axis in (1, 0))
-    if not len(rows):
+    if opacity.max() < 0.1:
         return np.zeros_like(colours)
+    opacity = opacity / opacity.max()
     seen = opacity > 0.5
+    rows, columns = (np.flatnonzero(seen.any(axis)) for axis in (1, 0))
     filled = seen[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].mean()
     page = filled > 0.6 and colours[seen].std(0).max() > 0.05
     ground = np.median(colours[seen], 0) if page else float(colours[seen].mean() < 0.5)
@@ -151,6 +153,20 @@ def smaller(shape, side):
     """A shape whose shorter side is `side`, if that makes it smaller."""
     scale = min(1, side / min(shape))
     return tuple(max(1, round(length * scale)) for length in shape)
+
+
+def with_margin(grey):
+    """(its width, the picture with a margin of its ground), where strokes on a plain ground reach the border: a digit cut
+    out closely. The median would take it for the ground."""
+    border = np.concatenate([grey[[0, -1]].ravel(), grey[:, [0, -1]].ravel()])
+    level = np.median(border)
+    plain = np.mean(np.abs(border - level) < 0.05) >= 0.5 and np.mean(np.abs(grey - level) < 0.05) > 0.25
+    ink = np.abs(grey - level) > 0.2
+    ruled = without_lines(ink)[1].any()
+    ink = resized(ink.astype(np.float32), smaller(grey.shape, COARSE), Image.Resampling.BOX) > 0.5
+    thick = ink.any() and ndimage.distance_transform_edt(ink).max() > 0.15 * max(ink.shape)  # a shadow, a table
+    margin = max(grey.shape) // 3 if plain and not thick and not ruled and np.abs(border - level).max() > 0.2 else 0
+    return margin, np.pad(grey, margin, constant_values=level)
 
 
 # --------------------------------------------------------------------------------------------------------------- ground
@@ -236,10 +252,10 @@ def inside(grey, box, depth):
         return []
     part = grey[top + rim:bottom - rim, left + rim:right - rim]
     figures, _ = find(part, depth=1)
-    if any(max(f.box[2] - f.box[0], f.box[3] - f.box[1]) < 0.2 * min(part.shape) for f in figures):
+    if any(extent(f.box) < 0.2 * min(part.shape) or min(f.box[2] - f.box[0], f.box[3] - f.box[1]) < 3 for f in figures):
         return []
     move = np.array([left + rim, top + rim] * 2)
-    return [Figure(tuple(f.box + move), f.image) for f in figures]
+    return [Figure(tuple(f.box + move), f.image, f.stroke) for f in figures]
 
 
 # ---------------------------------------------------------------------------------------------------------------- marks
@@ -281,7 +297,8 @@ class Marks:
         self.drop_borders()
         self.boxes = {i: box for i, box in self.boxes.items() if not self.is_frame(i)}
         self.group()
-        powers = [sum(np.power(rest[self.labels == i], 3).sum() for i in figure) for figure in self.figures]
+        power = ndimage.sum_labels(np.power(rest, 3), self.labels, np.arange(count + 1))
+        powers = [power[figure].sum() for figure in self.figures]
         self.figures = [figure for figure, power in zip(self.figures, powers) if power > FAINT * max(powers)]
         self.energy = sum(powers)
         self.remark = "" if self.figures else "blank"
@@ -322,13 +339,15 @@ class Marks:
     def group(self):
         """Figures of the marks: small ones join what they are close to, and are dirt where they are alone."""
         numbers = sorted(self.boxes, key=lambda i: -extent(self.boxes[i]))
-        if not numbers or extent(self.boxes[numbers[0]]) < 0.02 * max(self.ink.shape):
+        if not numbers or extent(self.boxes[numbers[0]]) < max(8, 0.012 * min(self.ink.shape)):
             return
         for i in numbers:
             size = extent(self.boxes[i]) / extent(self.boxes[numbers[0]])
             gaps = [min(gap(self.boxes[i], self.boxes[j]) for j in figure) for figure in self.figures]
             reach = (0.15 if size > 0.12 else 0.08) * extent(self.boxes[numbers[0]])
-            if size < 0.5 and gaps and min(gaps) < reach:
+            bar = self.boxes[i][3] - self.boxes[i][1] < 0.5 * extent(self.boxes[numbers[0]]) and any(
+                above(self.boxes[i], self.boxes[figure[0]]) for figure in self.figures)  # as a 5's, not joined to it
+            if (size < 0.5 or bar) and gaps and min(gaps) < reach:
                 self.figures[int(np.argmin(gaps))].append(i)
             elif size > 0.3:
                 self.figures.append([i])
@@ -348,7 +367,7 @@ class Marks:
         """Whether a figure without its holes is a rectangle, upright or turned."""
         left, top, right, bottom = self.box(figure)
         own = np.isin(self.labels[top:bottom, left:right], figure)
-        if own.mean() < 0.4:
+        if own.mean() < 0.4 or ndimage.distance_transform_edt(np.pad(own, 1)).max() < 0.24 * min(own.shape):  # strokes
             return False
         whole = ndimage.binary_fill_holes(own)
         y, x = np.nonzero(whole & ~ndimage.binary_erosion(whole))
@@ -378,12 +397,17 @@ def gap(a, b):
     return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3], 0)
 
 
+def above(a, b):
+    """Whether two boxes share half of the narrower one's columns."""
+    return min(a[2], b[2]) - max(a[0], b[0]) > 0.5 * min(a[2] - a[0], b[2] - b[0])
+
+
 def without_lines(mask):
     """A mask without thin straight lines from border to border, and these lines; strokes that cross them are kept."""
     lines = np.zeros_like(mask)
     for found, ink in ((lines, mask), (lines.T, mask.T)):
         h, w = ink.shape
-        ruled = np.flatnonzero(np.diff(ink[:, w // 10:-(w // 10) or None].mean(1) > 0.97, prepend=False, append=False))
+        ruled = np.flatnonzero(np.diff(ink[:, w // 50:-(w // 50) or None].mean(1) > 0.97, prepend=False, append=False))
         for first, end in zip(ruled[::2], ruled[1::2]):
             width = end - first
             if width <= max(3, 0.03 * h) and 0 < first and end < h:

@@ -83,3 +83,15 @@ def test_what_cannot_be_read_is_a_line_and_the_rest_goes_on(trained, embedded, t
     assert "million" in errors[1] and "first of its 2 pages" in errors[3]
     lines = result.stdout.splitlines()
     assert len(lines) == 3 and lines[0].endswith("c.png: no digit: too few pixels") and lines[1].split(": ")[1][0].isdigit()
+
+
+def test_names_of_drawings(trained, embedded, tmp_path):
+    """No name of a file breaks its title, and no two files' drawings are one."""
+    (tmp_path / "a").mkdir()
+    for name in ("a/x.png", "a_x.png", "c$b^^{$.png"):
+        Image.fromarray(embedded.test_images[0].numpy()).save(tmp_path / name)
+    result = command("predict", "--checkpoint", trained / "last.pt", "a/x.png", "a_x.png", "c$b^^{$.png", "--show", "seen",
+                     cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "seen").iterdir()) == [
+        "a_x.png-2-seen.png", "a_x.png-seen.png", "c$b^^{$.png-seen.png"]

@@ -176,3 +176,41 @@ def test_not_a_number_in_a_float_image(digits):
     ink[0, 0] = np.nan
     ink[0, 1] = np.inf
     assert shown(digits[0], Image.fromarray(ink)) == digits[2][4]
+
+
+@pytest.mark.parametrize("side", [16, 20, 32, 64])
+def test_small_pictures_light_on_black(side, digits):
+    model, images, labels = digits
+    right = sum(shown(model, grey(np.asarray(Image.fromarray(image).resize((side, side))))) == label
+                for image, label in zip(images, labels))
+    assert right >= 16
+
+
+def test_a_digit_cut_out_closely(digits):
+    model, images, labels = digits
+    right = 0
+    for image, label in zip(images, labels):
+        ink = np.asarray(Image.fromarray(image).resize((300, 300), Image.Resampling.BICUBIC)).clip(0, 1)
+        rows, columns = (np.flatnonzero((ink > 0.3).any(axis)) for axis in (1, 0))
+        part = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+        right += shown(model, grey(1 - part)) == label
+    assert right >= 16, f"{right} of 20"
+
+
+def test_a_long_stroke_is_no_ruled_line_and_ruled_lines_are_no_strokes():
+    sheet = Image.new("L", (400, 400), 255)
+    ImageDraw.Draw(sheet).line((200, 20, 205, 380), 0, 14)
+    assert len(reading.read_picture(saved(sheet)).figures) == 1
+    sheet = np.ones((300, 400), np.float32)
+    sheet[40::60] = sheet[41::60] = 0.1
+    assert not reading.read_picture(saved(grey(sheet))).figures
+
+
+@pytest.mark.parametrize("stroke", [10, 16, 20])
+def test_holes_of_block_digits_are_no_digits(stroke):
+    sheet = Image.new("L", (160, 210))
+    draw = ImageDraw.Draw(sheet)
+    draw.rectangle((50, 50, 110, 160), fill=255)
+    draw.rectangle((50 + stroke, 50 + stroke, 110 - stroke, 160 - stroke), fill=0)
+    figures = reading.read_picture(saved(sheet)).figures
+    assert len(figures) == 1 and figures[0].box == pytest.approx((50, 50, 111, 161), abs=3)
