@@ -1107,7 +1107,8 @@ MODES = {
 }
 DRAWING = ("PIL.Image", "matplotlib.backends.backend_agg")  # the second imports the first
 NEEDED = {  # what a mode imports sooner or later: looked for before it begins
-    "train": ("tqdm", "sklearn.metrics", *DRAWING), "eval": ("sklearn.metrics", *DRAWING), "predict": ("tqdm", "scipy.ndimage", "PIL.Image"),
+    "train": ("tqdm", "sklearn.metrics", *DRAWING), "eval": ("sklearn.metrics", *DRAWING),
+    "predict": ("tqdm", "scipy.ndimage", "PIL.Image"),
     "diagram": ("mlxtend.data", *DRAWING), "report": ("tqdm", "sklearn.linear_model", "mlxtend.data", *DRAWING),
 }
 SHARED_OPTIONS = {

@@ -58,8 +58,8 @@ setup(
     package_data={"caps_parts.csrc": [f"{folder}*.{kind}" for folder in ("", "cpu/", "cuda/")
                                       for kind in ("cpp", "h", "cu")]},
     entry_points={"console_scripts": ["caps = caps:program"]},
-    install_requires=["torch>=2.11,<2.15", "torchvision>=0.26,<0.30", "numpy", "matplotlib", "scikit-learn", "scipy", "tqdm",
-                      "mlxtend", "pillow", "pybind11", "ninja"],
+    install_requires=["torch>=2.11,<2.15", "torchvision>=0.26,<0.30", "numpy", "matplotlib", "scikit-learn", "scipy",
+                      "tqdm", "mlxtend", "pillow", "pybind11", "ninja"],
     extras_require={"onnx": ONNX, "test": ["pytest", *ONNX]},
     **extension(),
 )

@@ -11,10 +11,15 @@ from caps.extras.figures import new_figure
 SHOWN = 12  # figures of a picture
 
 
+def images_of(picture, digits):
+    """What the network saw of each digit of a result, [28, 28]."""
+    images = {figure.box: figure.image for figure in picture.figures}
+    return [images[tuple(digit["box"])] for digit in digits]
+
+
 def plot_seen(path, picture, result, drawing):
     """The picture with the boxes of its digits, and beside it each as the network saw it, with its lengths."""
     digits = result["digits"][:SHOWN]
-    images = {figure.box: figure.image for figure in picture.figures}
     figure, axes = new_figure(9.5, max(3.2, 1.6 * len(digits)), columns=3, rows=max(1, len(digits)))
     grid = axes[0].get_gridspec()
     grid.set_width_ratios((3, 1, 1.6))
@@ -36,13 +41,13 @@ def plot_seen(path, picture, result, drawing):
     whole.set_title(f"{name}: {heading}" + "\nuncertain" * bool(result["uncertain"]), parse_math=False)
     whole.set_xlabel("pixels")
     whole.grid(False)
-    for row, digit in enumerate(digits):
+    for row, (digit, image) in enumerate(zip(digits, images_of(picture, digits))):
         left, top, right, bottom = digit["box"]
         colour = "tab:orange" if digit["uncertain"] else "tab:green"
         whole.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=colour)
         whole.annotate(digit["digit"], (left, top), color=colour, fontsize=12, ha="right", va="bottom")
         seen, bars = axes[3 * row + 1:3 * row + 3]
-        seen.imshow(images[tuple(digit["box"])], cmap="gray", vmin=0, vmax=1)
+        seen.imshow(image, cmap="gray", vmin=0, vmax=1)
         seen.set(title="as the network sees it" * (row == 0), xticks=[], yticks=[])
         seen.grid(False)
         colours = [colour if c == digit["digit"] else "lightgrey" for c in range(CLASSES)]
@@ -56,18 +61,16 @@ def plot_seen(path, picture, result, drawing):
 def plot_routing(model, picture, result, drawing):
     """`plot_explanation` of each digit in a result; of several, their numbers are in the files' names."""
     device = next(model.parameters()).device
-    images = {figure.box: figure.image for figure in picture.figures}
-    for number, digit in enumerate(result["digits"], 1):
-        image = torch.from_numpy(images[tuple(digit["box"])])[None, None].to(device)
-        which = f"{number}-" if len(result["digits"]) > 1 else ""
-        plot_explanation(model, image, drawing.with_name(f"{drawing.name}-{which}routing.png"))
+    images = images_of(picture, result["digits"])
+    for number, image in enumerate(images, 1):
+        which = f"{number}-" if len(images) > 1 else ""
+        plot_explanation(model, torch.from_numpy(image)[None, None].to(device), drawing.with_name(f"{drawing.name}-{which}routing.png"))
 
 
 @torch.no_grad()
 def plot_explanation(model, image, path):
     """How the routing of one image [1, 1, 28, 28] goes: a map of the primary capsules' coupling per iteration, summed
     over their types, to the longest and to the second digit capsule, and all lengths after each iteration."""
-    from caps.extras.figures import new_figure  # matplotlib, which plain predictions do without
     maps, trace = model.backbone(image), []
     votes = torch.einsum("njdk,bnk->bnjd", model.digits.weight, model.primary(maps))
     _routing(votes, model.digits.iterations, trace)

@@ -2,6 +2,7 @@
 
     python caps.py predict --checkpoint runs/alexcaps-mnist/last.pt photo.jpg scans/ --show seen
 """
+import collections
 import glob
 import itertools
 import json
@@ -40,11 +41,8 @@ def run(args):
     files = image_files(args.images)
     if not files:
         raise UserError(f"{' '.join(args.images)}: no files there; name images, a folder or a glob")
-    drawing = extra("explain") if args.show or args.explain else None
-    for option in ("show", "explain"):
-        if getattr(args, option):
-            check_writable(getattr(args, option), f"--{option}")
-    results, names = [], drawing_names(files)
+    draw = drawer(args, model, files) if args.show or args.explain else lambda *seen: None
+    results = []
     with progress("predict", total=len(files)) as bar:
         for chunk in (files[start:start + CHUNK] for start in range(0, len(files), CHUNK)):
             pictures = [read(path, args.invert, bar) for path in chunk]
@@ -57,10 +55,7 @@ def run(args):
                 results.append({"file": str(path), **result})
                 if not args.json:
                     bar.write("\n".join(lines(path, result, args.digits)))
-                if args.show:
-                    drawing.plot_seen(path, picture, result, pathlib.Path(args.show, names[len(results) - 1]))
-                if args.explain:
-                    drawing.plot_routing(model, picture, result, pathlib.Path(args.explain, names[len(results) - 1]))
+                draw(len(results) - 1, picture, result)
     if args.json:
         print(json.dumps([result for result in results if result], indent=1))
     return int(None in results)
@@ -80,10 +75,25 @@ def image_files(patterns):
     return files
 
 
-def drawing_names(files):
-    """A name for what is drawn of each file: its path with _ for /, numbered where two come to the same."""
-    names = ["_".join(part for part in path.parts if part not in ("/", "..")) for path in files]
-    return [name + f"-{names[:i].count(name) + 1}" * (name in names[:i]) for i, name in enumerate(names)]
+def drawer(args, model, files):
+    """draw(i, picture, result) for --show and --explain of the i-th file. What is drawn has the file's path with _ for /
+    as its name, numbered where two come to the same."""
+    explain = extra("explain")
+    for option in ("show", "explain"):
+        if getattr(args, option):
+            check_writable(getattr(args, option), f"--{option}")
+    names, times = [], collections.Counter()
+    for path in files:
+        name = "_".join(part for part in path.parts if part not in ("/", ".."))
+        times[name] += 1
+        names.append(name if times[name] == 1 else f"{name}-{times[name]}")
+
+    def draw(i, picture, result):
+        if args.show:
+            explain.plot_seen(files[i], picture, result, pathlib.Path(args.show, names[i]))
+        if args.explain:
+            explain.plot_routing(model, picture, result, pathlib.Path(args.explain, names[i]))
+    return draw
 
 
 def read(path, invert, bar):
@@ -120,8 +130,10 @@ def judge(picture, scores):
         digits.append({"digit": first, "row": figure.row, "box": list(figure.box), "uncertain": doubt,
                        "lengths": [round(length, 4) for length in score.tolist()]})
     sure = [digit for digit in digits if not digit["uncertain"]]
-    height = max((digit["box"][3] - digit["box"][1] for digit in sure), default=0)
-    small = [digit for digit in digits if digit["box"][3] - digit["box"][1] < height / 2]
+    def height(digit):
+        return digit["box"][3] - digit["box"][1]
+    tallest = max(map(height, sure), default=0)
+    small = [digit for digit in digits if height(digit) < tallest / 2]
     digits = [digit for digit in digits if digit not in small or not digit["uncertain"]]  # the others are dirt
     for digit in small:
         digit["uncertain"] = digit["uncertain"] or "small beside the others"  # a comma, a sign

@@ -26,7 +26,7 @@ MARKS = 500            # more are a texture
 TEXTURE = 4, 0.08      # of the other sign's ink to ink's own, on a wide ground and on a close one: more is a texture
 FAINT = 0.05           # of the strongest figure's ink, cubed: less is a shadow or the edge of a sheet
 SIDE = 80              # pixels of a figure's longer side at which its strokes are made wider or narrower
-STROKE = 2.6, 3.3     # pixels of MNIST that strokes are at least and at most made wide
+STROKE = 2.6, 3.3      # pixels of MNIST that strokes are at least and at most made wide
 
 
 @dataclasses.dataclass
@@ -67,9 +67,9 @@ def read_picture(path, invert=False):
         file.draft(None, (WORKING, WORKING))  # JPEG: decoded at a fraction of its size
         pixels = one_channel(opaque(ImageOps.exif_transpose(file)))
     if pixels.shape == (28, 28):
-        border = np.median(np.concatenate([pixels[[0, -1]].ravel(), pixels[1:-1, [0, -1]].ravel()]))
-        if np.ptp(pixels) > 0.1 and (border < 0.1 and not invert or border > 0.9):
-            return Picture(size, [Figure((0, 0, *size), 1 - pixels if border > 0.9 else pixels)], pages=pages)
+        level = np.median(border(pixels))
+        if np.ptp(pixels) > 0.1 and (level < 0.1 and not invert or level > 0.9):
+            return Picture(size, [Figure((0, 0, *size), 1 - pixels if level > 0.9 else pixels)], pages=pages)
     margin, framed = with_margin(pixels)
     figures, remark = find(framed, (-1,) if invert else (1, -1))
     scale = max(size) / max(pixels.shape)
@@ -124,8 +124,7 @@ def on_ground(colours, opacity):
         return np.zeros_like(colours)
     opacity = opacity / opacity.max()
     seen = opacity > 0.5
-    rows, columns = (np.flatnonzero(seen.any(axis)) for axis in (1, 0))
-    filled = seen[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].mean()
+    filled = seen[extent_of(seen)].mean()
     page = filled > 0.6 and colours[seen].std(0).max() > 0.05
     ground = np.median(colours[seen], 0) if page else float(colours[seen].mean() < 0.5)
     return colours * opacity[..., None] + (1 - opacity[..., None]) * ground
@@ -149,6 +148,16 @@ def resized(channel, shape, how=Image.Resampling.BILINEAR):
     return np.asarray(Image.fromarray(channel).resize(shape[::-1], how))
 
 
+def extent_of(mask):
+    """The slices of rows and columns that hold all of a mask [H, W]."""
+    return tuple(slice(held[0], held[-1] + 1) for held in (np.flatnonzero(mask.any(axis)) for axis in (1, 0)))
+
+
+def border(grey):
+    """The pixels along the border of a picture [H, W]."""
+    return np.concatenate([grey[[0, -1]].ravel(), grey[1:-1, [0, -1]].ravel()])
+
+
 def smaller(shape, side):
     """A shape whose shorter side is `side`, if that makes it smaller."""
     scale = min(1, side / min(shape))
@@ -156,16 +165,17 @@ def smaller(shape, side):
 
 
 def with_margin(grey):
-    """(its width, the picture with a margin of its ground), where strokes on a plain ground reach the border: a digit cut
-    out closely. The median would take it for the ground."""
-    border = np.concatenate([grey[[0, -1]].ravel(), grey[:, [0, -1]].ravel()])
-    level = np.median(border)
-    plain = np.mean(np.abs(border - level) < 0.05) >= 0.5 and np.mean(np.abs(grey - level) < 0.05) > 0.25
-    ink = np.abs(grey - level) > 0.2
-    ruled = without_lines(ink)[1].any()
-    ink = resized(ink.astype(np.float32), smaller(grey.shape, COARSE), Image.Resampling.BOX) > 0.5
-    thick = ink.any() and ndimage.distance_transform_edt(ink).max() > 0.15 * max(ink.shape)  # a shadow, a table
-    margin = max(grey.shape) // 3 if plain and not thick and not ruled and np.abs(border - level).max() > 0.2 else 0
+    """(its width, the picture with a margin of its ground), where strokes on a plain ground reach the border: a digit
+    cut out closely. The median would take it for the ground."""
+    level = np.median(border(grey))
+    away = np.abs(grey - level)
+    ink, edge = away > 0.2, border(away)
+    if edge.max() <= 0.2 or np.mean(edge < 0.05) < 0.5 or np.mean(away < 0.05) <= 0.25 or without_lines(ink)[1].any():
+        return 0, grey
+    coarse = resized(ink.astype(np.float32), smaller(grey.shape, COARSE), Image.Resampling.BOX) > 0.5
+    if ndimage.distance_transform_edt(coarse).max() > 0.15 * max(coarse.shape):  # a shadow, a table
+        return 0, grey
+    margin = max(grey.shape) // 3
     return margin, np.pad(grey, margin, constant_values=level)
 
 
@@ -200,9 +210,9 @@ def bounds(level, shape):
     return [resized(extreme(level, 5), shape) for extreme in (ndimage.minimum_filter, ndimage.maximum_filter)]
 
 
-def find(grey, signs=(1, -1), depth=0):
+def find(grey, signs=(1, -1), on_sheet=False):
     """[H, W] -> (figures, with boxes in pixels of `grey`; a remark where there are none). `signs`: of ink lighter and
-    darker than its ground."""
+    darker than its ground. `on_sheet`: `grey` is the inside of a sheet that was found."""
     if min(grey.shape) < SMALLEST:
         return [], "small"
     noise = 1.05 * np.median(np.abs(grey[1:, 1:] - grey[:-1, :-1]))  # its deviation, where most of the picture is plain
@@ -222,10 +232,9 @@ def find(grey, signs=(1, -1), depth=0):
 
     *others, best = marks(median(coarse, WINDOWS[0]), signs)
     texture = any(other.total > TEXTURE[0] * best.total for other in others)
-    chosen = (-1 if best.dark else 1,)
-    *_, thick = marks(median(coarse, WINDOWS[1]), chosen if best.figures else signs)
+    *_, thick = marks(median(coarse, WINDOWS[1]), (-1 if best.dark else 1,) if best.figures else signs)
     if thick.energy > 1.1 * best.energy and thick.replaces(best):
-        best, chosen = thick, (-1 if thick.dark else 1,)
+        best = thick
     if best.figures:  # the ground again, without the ink and in a narrow window, close to the edges of shadows
         ink = np.isin(best.labels, sum(best.figures, [])).astype(np.float32)
         covered = ndimage.binary_dilation(resized(ink, coarse.shape, Image.Resampling.BOX) > 0.02, iterations=2)
@@ -234,24 +243,24 @@ def find(grey, signs=(1, -1), depth=0):
         again, other = sorted(close, key=lambda marks: marks.dark != best.dark)
         texture |= other.total > TEXTURE[1] * again.total
         best = again if again.figures else best
-    if texture and not depth:
+    if texture and not on_sheet:
         return [], "texture"
     figures = []
     for parts in best.figures:
         box = np.array(best.box(parts)) / factor
-        figures += (inside(grey, box, depth) if best.is_sheet(parts) else []) or [
-            Figure(tuple(box), *frame(*best.cut(parts)))]
+        held = inside(grey, box) if not on_sheet and best.is_sheet(parts) else []
+        figures += held or [Figure(tuple(box), *frame(*best.cut(parts)))]
     return figures, best.remark
 
 
-def inside(grey, box, depth):
+def inside(grey, box):
     """The figures on a mark that is a sheet of paper, a label or a sign: a large rectangle with marks of its own."""
     left, top, right, bottom = (round(side) for side in box)
     rim = min(right - left, bottom - top) // 12
-    if depth or rim < 4:
+    if rim < 4:
         return []
     part = grey[top + rim:bottom - rim, left + rim:right - rim]
-    figures, _ = find(part, depth=1)
+    figures, _ = find(part, on_sheet=True)
     if any(extent(f.box) < 0.2 * min(part.shape) or min(f.box[2] - f.box[0], f.box[3] - f.box[1]) < 3 for f in figures):
         return []
     move = np.array([left + rim, top + rim] * 2)
@@ -273,12 +282,13 @@ class Marks:
         ink = self.ink = rest / (ground + 0.02) if self.dark else rest
         noise = noise / np.median(ground + 0.02) if self.dark else noise
         self.energy = self.total = 0
-        strong = np.sort(ink[ink > max(3 * noise, CONTRAST / 2)])
-        if not len(strong):
+        seen = ink > max(3 * noise, CONTRAST / 2)
+        if not seen.any():
             self.remark = "blank"
             return
+        self.total = float(np.square(rest[seen]).sum())  # in grey, for both signs alike
+        strong = np.sort(ink[seen])
         square = np.cumsum(np.square(strong, dtype=np.float64))
-        self.total = float(np.square(rest[ink > max(3 * noise, CONTRAST / 2)]).sum())  # in grey, for both signs alike
         contrast = strong[np.searchsorted(square, square[-1] / 2)]  # half of all ink is stronger
         mask, lines = without_lines(ink > max(contrast / 2, 5 * noise, CONTRAST))
         self.labels, count = ndimage.label(mask, np.ones((3, 3)))
@@ -297,8 +307,8 @@ class Marks:
         self.drop_borders()
         self.boxes = {i: box for i, box in self.boxes.items() if not self.is_frame(i)}
         self.group()
-        power = ndimage.sum_labels(np.power(rest, 3), self.labels, np.arange(count + 1))
-        powers = [power[figure].sum() for figure in self.figures]
+        cubes = ndimage.sum_labels(np.power(rest, 3), self.labels, np.arange(count + 1))
+        powers = [cubes[figure].sum() for figure in self.figures]
         self.figures = [figure for figure, power in zip(self.figures, powers) if power > FAINT * max(powers)]
         self.energy = sum(powers)
         self.remark = "" if self.figures else "blank"
@@ -315,10 +325,10 @@ class Marks:
                   for border, place, end in zip(borders, box, (0, 0, w, h))]
             if max(at[0], at[2]) >= 0.4 * h or max(at[1], at[3]) >= 0.4 * w:
                 continue
-            upright, level = max(at[0], at[2]) / (bottom - top), max(at[1], at[3]) / (right - left)  # shares of its sides
+            upright, level = max(at[0], at[2]) / (bottom - top), max(at[1], at[3]) / (right - left)  # shares
             strip = (level > 0.6 and right - left > 1.5 * (bottom - top)
                      or upright > 0.6 and bottom - top > 1.5 * (right - left))
-            if np.count_nonzero(at) < 2 or extent(box) > 0.25 * max(h, w):  # of a small one in a corner too little is seen
+            if np.count_nonzero(at) < 2 or extent(box) > 0.25 * max(h, w):  # too little is seen of others
                 large[i] = box
                 if not strip:
                     free[i] = box
@@ -338,16 +348,16 @@ class Marks:
 
     def group(self):
         """Figures of the marks: small ones join what they are close to, and are dirt where they are alone."""
-        numbers = sorted(self.boxes, key=lambda i: -extent(self.boxes[i]))
-        if not numbers or extent(self.boxes[numbers[0]]) < max(8, 0.012 * min(self.ink.shape)):
+        boxes = dict(sorted(self.boxes.items(), key=lambda item: -extent(item[1])))
+        largest = max(map(extent, boxes.values()), default=0)
+        if largest < max(8, 0.012 * min(self.ink.shape)):
             return
-        for i in numbers:
-            size = extent(self.boxes[i]) / extent(self.boxes[numbers[0]])
-            gaps = [min(gap(self.boxes[i], self.boxes[j]) for j in figure) for figure in self.figures]
-            reach = (0.15 if size > 0.12 else 0.08) * extent(self.boxes[numbers[0]])
-            bar = self.boxes[i][3] - self.boxes[i][1] < 0.5 * extent(self.boxes[numbers[0]]) and any(
-                above(self.boxes[i], self.boxes[figure[0]]) for figure in self.figures)  # as a 5's, not joined to it
-            if (size < 0.5 or bar) and gaps and min(gaps) < reach:
+        for i, box in boxes.items():
+            size = extent(box) / largest
+            bar = box[3] - box[1] < 0.5 * largest and any(  # as a 5's, not joined to it
+                share_columns(box, boxes[figure[0]]) for figure in self.figures)
+            gaps = [min(gap(box, boxes[j]) for j in figure) for figure in self.figures if size < 0.5 or bar]
+            if gaps and min(gaps) < (0.15 if size > 0.12 else 0.08) * largest:
                 self.figures[int(np.argmin(gaps))].append(i)
             elif size > 0.3:
                 self.figures.append([i])
@@ -377,8 +387,8 @@ class Marks:
 
     def cut(self, figure):
         """A figure's own ink [h, w], with a rim: 1 in its strokes, 0 outside; and its extent in pixels."""
-        left, top, right, bottom = self.box(figure)
-        size = max(right - left, bottom - top)
+        left, top, right, bottom = box = self.box(figure)
+        size = extent(box)
         rim = 3 + size // 20
         part = slice(max(0, top - rim), bottom + rim), slice(max(0, left - rim), right + rim)
         labels = self.labels[part]
@@ -397,7 +407,7 @@ def gap(a, b):
     return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3], 0)
 
 
-def above(a, b):
+def share_columns(a, b):
     """Whether two boxes share half of the narrower one's columns."""
     return min(a[2], b[2]) - max(a[0], b[0]) > 0.5 * min(a[2] - a[0], b[2] - b[0])
 
@@ -442,8 +452,7 @@ def frame(ink, size):
     wanted = np.clip(width, *(SIDE / 20 * pixels for pixels in STROKE))
     grown = max((wanted - width) / 2, 1.5 - depth.max())  # on each side; something is left of it
     ink = (distance + grown + 0.5).clip(0, 1).astype(np.float32)
-    rows, columns = (np.flatnonzero((ink > 0.3).any(axis)) for axis in (1, 0))
-    ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    ink = ink[extent_of(ink > 0.3)]
     shape = tuple(max(1, round(length * 20 / max(ink.shape))) for length in ink.shape)
     small = resized(ink, shape, Image.Resampling.BOX)
     image = np.zeros((28, 28), np.float32)

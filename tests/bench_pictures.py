@@ -13,6 +13,7 @@ import caps
 from caps.extras import predict, reading
 
 
+@functools.cache
 def network(checkpoint):
     """The network of a checkpoint, and the images that it was not trained on: those held out, or the test set."""
     content = caps.read_checkpoint(checkpoint)
@@ -59,7 +60,8 @@ def letters(generator, alphabet="ABCDEFGHJKLMNPQRTUVWXYabcdefhkmnprtuwxy"):
 
 
 def a_kind(name, checkpoint, count, seed=0):
-    """(plainly right, right as pictures, certain and wrong, uncertain) of `count` digits as pictures of a kind."""
+    """Of `count` digits how many are right as MNIST has them ("plain"), right as pictures of a kind, wrong without a
+    doubt, and doubted; and the `ends` of the right ones."""
     torch.set_num_threads(1)
     model, images, labels = network(checkpoint)
     generator = np.random.default_rng(seed)
@@ -67,8 +69,7 @@ def a_kind(name, checkpoint, count, seed=0):
     plain = torch.stack(list(predict.classify(model, list(images[chosen])))).argmax(1)
     results = [judged(model, saved(KINDS[name](images[i], generator))) for i in chosen]
     truth = labels[chosen]
-    read = [result["result"] == "digit" and result["digits"][0]["digit"] for result in results]
-    right = [digit is not False and digit == label for digit, label in zip(read, truth.tolist())]
+    right = [result["text"] == str(label) for result, label in zip(results, truth.tolist())]
     doubted = [result["uncertain"] is not None or result["result"] != "digit" for result in results]
     pairs = [ends(result["digits"][0]) for result, r in zip(results, right) if r]
     return {"kind": name, "ends": pairs, "plain": int((plain == truth).sum()), "right": sum(right),
