@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Capsule networks on MNIST: AlexCapsNet and ResCapsNet, trained, evaluated and used.
+"""Capsule networks on MNIST and other images: AlexCapsNet and ResCapsNet, trained, evaluated and used.
 
     python caps.py --model alexcaps --epochs 20             train (the default mode)
+    python caps.py --dataset photos/letters --size 48       own images: photos/letters/CLASS/*.png, .npz or IDX files
     python caps.py --resume runs/alexcaps-mnist/last.pt     go on where a run was stopped
     python caps.py eval --checkpoint runs/alexcaps-mnist/last.pt
     python caps.py predict --checkpoint runs/alexcaps-mnist/last.pt digit.png
@@ -23,17 +24,15 @@ T routing iterations.
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import functools
 import importlib
-import itertools
 import os
 import pathlib
+import re
 import shlex
 import signal
 import sys
-import tempfile
 import time
 import warnings
 
@@ -61,7 +60,6 @@ __version__ = "1.0.0"
 # With a __path__ this file is a package too, of csrc/ and extras/: beside it, or where pip puts them, in caps_parts/.
 _HERE = pathlib.Path(__file__).resolve().parent
 __path__ = [str(_HERE / "caps_parts" if (_HERE / "caps_parts").is_dir() else _HERE)]
-CLASSES = 10
 
 
 class UserError(Exception):
@@ -244,10 +242,18 @@ def _announce(able, reason):
 # --------------------------------------------------------------------------------------------------------------- models
 
 class Standardise(nn.Module):
-    """Images in [0, 1] -> zero mean and unit variance over MNIST's training set."""
+    """Images [B, C, H, W] in [0, 1] -> zero mean and unit variance of each channel over the training images."""
+
+    def __init__(self, mean, deviation):
+        super().__init__()
+        self.mean, self.deviation = mean, deviation  # numbers: buffers would be broadcast at every step of DDP
 
     def forward(self, images):
-        return (images - 0.1307) / 0.3081
+        channels = [(x - m) / d for x, m, d in zip(images.split(1, dim=1), self.mean, self.deviation)]
+        return torch.cat(channels, 1) if len(channels) > 1 else channels[0]
+
+    def extra_repr(self):
+        return f"mean={self.mean}, deviation={self.deviation}"
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -301,10 +307,11 @@ class PrimaryCapsules(nn.Module):
 
 
 class CapsNet(nn.Module):
-    """What both models share: images [B, 1, 28, 28] in [0, 1] -> backbone -> primary -> digit capsules [B, J, 16]."""
+    """What both models share: images [B, C, H, W] in [0, 1] -> backbone -> primary -> digit capsules [B, J, 16]."""
 
-    def __init__(self, backbone, primary, digits):
+    def __init__(self, image, backbone, primary, digits):
         super().__init__()
+        self.image = tuple(image)                                               # (C, H, W)
         self.backbone, self.primary, self.digits = backbone, primary, digits
         for layer in backbone.modules():
             if isinstance(layer, nn.Conv2d):  # He et al. (2015); torch's default shrinks the signal at each layer
@@ -317,14 +324,25 @@ class CapsNet(nn.Module):
 
 
 class AlexCapsNet(CapsNet):
-    """An AlexNet-like backbone, 32 types of 8-dimensional primary capsules on a 2×2 grid, `num_classes` digit
-    capsules of 16 dimensions. Images [B, 1, 28, 28], floats in [0, 1] -> [B, num_classes, 16]."""
+    """An AlexNet-like backbone, 32 types of 8-dimensional primary capsules on the grid that it leaves of an image (2×2
+    of 28×28, 7×7 of 64×64), `num_classes` digit capsules of 16 dimensions.
 
-    def __init__(self, num_classes=CLASSES, iterations=3):
+    Images [B, C, H, W], floats in [0, 1], with `image` = (C, H, W) -> [B, num_classes, 16]. `mean` and `deviation` of
+    the training images, a number for each channel, are MNIST's by default. ValueError for H or W below 15.
+    """
+
+    def __init__(self, num_classes=10, iterations=3, image=(1, 28, 28), mean=(0.1307,), deviation=(0.3081,)):
+        channels, *sides = image
+        grid = [((side - 7) // 4 - 2) // 2 + 1 for side in sides]  # what the first convolution and its pooling leave
+        if min(grid) < 1:
+            raise ValueError(f"images of {sides[0]}×{sides[1]} pixels are too small, expected at least 15×15")
+        if not len(mean) == len(deviation) == channels:
+            raise ValueError(f"mean {mean} and deviation {deviation}, expected a number for each of {channels} channels")
         super().__init__(
+            image,
             nn.Sequential(
-                Standardise(),
-                nn.Conv2d(1, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, stride=2),
+                Standardise(mean, deviation),
+                nn.Conv2d(channels, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, stride=2),
                 SmallMapConv2d(64, 192, 5), nn.ReLU(),
                 SmallMapConv2d(192, 384, 3), nn.ReLU(),
                 SmallMapConv2d(384, 256, 3), nn.ReLU(),
@@ -332,7 +350,7 @@ class AlexCapsNet(CapsNet):
                 SmallMapConv2d(256, 32 * 8, 1),
             ),
             PrimaryCapsules(32, 8),
-            CapsuleLayer(32 * 2 * 2, 8, num_classes, 16, iterations),
+            CapsuleLayer(32 * grid[0] * grid[1], 8, num_classes, 16, iterations),
         )
 
 
@@ -352,13 +370,15 @@ class ResidualBlock(nn.Module):
 
 class ResCapsNet(CapsNet):
     """Three residual blocks at 78×78, 16 types of 8-dimensional primary capsules on a 9×9 grid, `num_classes` digit
-    capsules of 16 dimensions. Images [B, 1, 28, 28], floats in [0, 1] -> [B, num_classes, 16]."""
+    capsules of 16 dimensions. Images [B, C, H, W], floats in [0, 1], with `image` = (C, H, W) -> [B, num_classes, 16].
+    """
 
-    def __init__(self, num_classes=CLASSES, iterations=3):
+    def __init__(self, num_classes=10, iterations=3, image=(1, 28, 28)):
         super().__init__(
+            image,
             nn.Sequential(
                 nn.Upsample((78, 78), mode="bilinear", align_corners=False),
-                nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
+                nn.Conv2d(image[0], 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
                 ResidualBlock(32), ResidualBlock(32), ResidualBlock(32),
                 nn.Conv2d(32, 16 * 8, 9, stride=8),
             ),
@@ -368,6 +388,12 @@ class ResCapsNet(CapsNet):
 
 
 MODELS = {"alexcaps": AlexCapsNet, "rescaps": ResCapsNet}
+
+
+def new_model(name, iterations, traits):
+    """A model of MODELS for a data set by its `traits` (see Data); ValueError where its images are too small."""
+    scale = {key: traits[key] for key in ("mean", "deviation") if name == "alexcaps"}  # ResCapsNet has BatchNorm
+    return MODELS[name](len(traits["classes"]), iterations, traits["image"], **scale)
 
 
 def margin_loss(lengths, labels, m_plus=0.9, m_minus=0.1, down_weight=0.5):
@@ -383,13 +409,17 @@ def margin_loss(lengths, labels, m_plus=0.9, m_minus=0.1, down_weight=0.5):
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
-DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes and folders
-EMBEDDED = "mnist5k"
-
-
 @dataclasses.dataclass
 class Data:
-    """Images uint8 [n, 28, 28] and labels int64 [n], all on one device. `note` is "" or says what was used instead."""
+    """Images uint8 [n, C, H, W] and labels int64 [n], all on one device. `name` is what --dataset calls the set, `note`
+    is "" or says what was used instead, and `traits` are what the set is, which its models' checkpoints hold:
+
+    classes    the classes' names, by label
+    image      [C, H, W]
+    mean, deviation    of the training images' pixels in [0, 1], to four digits, one each channel
+    framing    "mnist" or "emnist" where these are characters on a ground of 0, cut out of pages as there; else ""
+    digest     of all images and labels in their order
+    """
 
     name: str
     note: str
@@ -397,24 +427,44 @@ class Data:
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
+    traits: dict
+
+    @property
+    def title(self):
+        return set_title(self.name)
 
     def to(self, device):
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return dataclasses.replace(self, **moved)
+        """The set on a device; UserError where it has no room for it."""
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        try:
+            return dataclasses.replace(self, **{k: v.to(device) for k, v in tensors.items()})
+        except torch.OutOfMemoryError as error:
+            need, free = sum(v.nbytes for v in tensors.values()), torch.cuda.mem_get_info(device)[0]
+            raise UserError(f"{self.name}: needs {need / 2**30:.1f} GiB on {device}, where {free / 2**30:.1f} are free; "
+                            "take a smaller --size, --grey, or --device cpu") from error
 
 
-def load_data(dataset, data_dir=None, holdout=0, seed=1):
-    """`dataset` as on the command line, from the folder `data_dir` or else ./data, which `auto` may fall back from.
+def set_title(name):
+    """The short name of a data set, for folders and pictures: of a path the last part, without .npz."""
+    return re.sub(r"[^\w.+-]+", "-", os.path.basename(name).removesuffix(".npz")) or "data"
+
+
+def load_data(dataset, data_dir=None, holdout=0, seed=1, size=None, channels=None):
+    """`dataset` as on the command line; files of a set with a name are in the folder `data_dir` or else ./data, which
+    `auto` may fall back from. Images are brought to `size` = (H, W) and to 1 or 3 `channels`, where these are given.
     `holdout` training images, of each class its share by a draw of `seed`, may take the test set's place."""
-    data = extra("datasets").read(dataset, data_dir)
-    return hold_out(data, holdout, seed) if holdout else data
+    data = extra("datasets").read(dataset, data_dir, size, channels)
+    if not holdout:
+        return data
+    note = f"{data.note} evaluated on {holdout} training images held out, not on the test set".strip()
+    return dataclasses.replace(hold_out(data, holdout, seed), note=note)
 
 
 def hold_out(data, count, seed):
     """The training images of `data` alone, `count` of them in the test set's place: each class's share, to the nearest
     whole number, drawn by `seed`; one of each class stays."""
     images, labels = data.train_images, data.train_labels
-    sizes = labels.bincount(minlength=CLASSES)
+    sizes = labels.bincount()
     most = len(labels) - int((sizes > 0).sum())
     if count > most:
         raise UserError(f"--holdout {count}: expected at most {most} of the {len(labels)} training images, so that one "
@@ -426,31 +476,38 @@ def hold_out(data, count, seed):
     rank[place == sizes[labels[order]] - 1] = 2
     held = torch.zeros(len(labels), dtype=torch.bool)
     held[order[rank.argsort(stable=True)[:count]]] = True
-    note = f"{data.note} evaluated on {count} training images held out, not on the test set".strip()
-    return Data(data.name, note, images[~held], labels[~held], images[held], labels[held])
+    return dataclasses.replace(data, train_images=images[~held], train_labels=labels[~held],
+                               test_images=images[held], test_labels=labels[held])
 
 
 def to_float(images):
-    """uint8 [B, 28, 28] -> float32 [B, 1, 28, 28] in [0, 1]."""
-    return images.unsqueeze(1).float().div_(255)
+    """uint8 images of any shape -> float32 in [0, 1]."""
+    return images.float().div_(255)
 
 
 def move(images, motion):
-    """Rotate and shift each image by its own amount: images [B, 1, H, W], motion [B, 3] = (radians, x, y in half
-    image widths) -> [B, 1, H, W], bilinear, zeros from outside."""
-    angle, x, y = motion.unbind(1)
+    """Rotate and shift each image by its own amount: images [B, C, H, W], motion [B, 3] = (radians, x and y in half
+    widths and heights), or [B, 4] with -1 for those to be mirrored -> [B, C, H, W], bilinear, zeros from outside."""
+    angle, x, y, *mirror = motion.unbind(1)
     cos, sin = angle.cos(), angle.sin()
-    affine = torch.stack([torch.stack([cos, -sin, x], 1), torch.stack([sin, cos, y], 1)], 1)
+    height, width = images.shape[2:]
+    affine = torch.stack([torch.stack([cos, -sin * (height / width), x], 1),
+                          torch.stack([sin * (width / height), cos, y], 1)], 1)
+    for sign in mirror:
+        affine[:, :, 0] *= sign[:, None]
     return F.grid_sample(images, F.affine_grid(affine, images.shape, align_corners=False), align_corners=False)
 
 
-def epoch_plan(count, seed, epoch, rotate, shift):
+def epoch_plan(count, seed, epoch, rotate, shift, size=(28, 28), flip=False):
     """What an epoch shows, a function of (seed, epoch) alone: an order [count], and motions [count, 3] for `move`,
-    drawn uniformly up to `rotate` degrees and `shift` pixels of a 28-pixel image."""
+    drawn uniformly up to `rotate` degrees and `shift` pixels of images of `size` (H, W); [count, 4] with `flip`."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)  # no two (seed, epoch) meet; below 2**63
     order = torch.randperm(count, generator=generator)
-    bound = torch.tensor([np.deg2rad(rotate), shift / 14, shift / 14], dtype=torch.float32)
-    return order, (2 * torch.rand(count, 3, generator=generator) - 1) * bound
+    bound = torch.tensor([np.deg2rad(rotate), 2 * shift / size[1], 2 * shift / size[0]], dtype=torch.float32)
+    motion = (2 * torch.rand(count, 3, generator=generator) - 1) * bound
+    if flip:
+        motion = torch.cat([motion, 1 - 2.0 * torch.randint(2, (count, 1), generator=generator)], 1)
+    return order, motion
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -536,6 +593,12 @@ class Run:
         """The model that is evaluated and used: the moving average where there is one."""
         return self.average.module if self.average else self.model
 
+    def plan(self, epoch):
+        """`epoch_plan`, on the run's device."""
+        args, images = self.args, self.data.train_images
+        plan = epoch_plan(len(images), args.seed, epoch, args.rotate, args.shift, images.shape[2:], args.flip)
+        return [part.to(self.world.device) for part in plan]
+
 
 def autocast(device, amp):
     """The autocast context of --amp off, bf16 or fp16."""
@@ -587,7 +650,7 @@ def train_epoch(run):
     evenly. (mean loss, accuracy, images per second), or None where a signal stopped it, after saving."""
     args, world, total = run.args, run.world, len(run.data.train_images)
     count = total - (total - run.position) % world.size  # the position may be that of another number of processes
-    order, motion = (t.to(world.device) for t in epoch_plan(total, args.seed, run.epoch, args.rotate, args.shift))
+    order, motion = run.plan(run.epoch)
     seen = torch.zeros(1, dtype=torch.float64, pin_memory=world.device.type == "cuda")
     begun = time.perf_counter() - run.seconds
     run.model.train()
@@ -674,7 +737,7 @@ def train(args, write=None, fast=None):
         return 128 + run.signal
     scores, result = evaluated or evaluate_run(run)  # or: a run that had all its epochs was resumed
     if write:
-        from_rank0(world, lambda: naming_checkpoint(run.folder, lambda: write(
+        from_rank0(world, lambda: extra("runs").naming_checkpoint(run.folder, lambda: write(
             run.folder, f"after epoch {run.epoch}", facts_of(run), scores, result, run.data, world, run.history)))
     return 0
 
@@ -713,7 +776,7 @@ def start_run(args, world, fast=None):
     extra("machine").warn_of_bf16(world, args.amp)
     backend(world.device.type)  # compiles the operators, if need be, before there is a folder
     torch.manual_seed(args.seed)
-    model = MODELS[args.model](iterations=args.iterations).to(world.device)
+    model = new_model(args.model, args.iterations, data.traits).to(world.device)
     on_gpu = world.device.type == "cuda"
     if world.size > 1 and on_gpu:  # SyncBatchNorm is CUDA's: on CPUs the statistics are each process's own
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -721,12 +784,14 @@ def start_run(args, world, fast=None):
     if world.size > 1:
         net = nn.parallel.DistributedDataParallel(net, device_ids=[world.device.index] if on_gpu else None)
     # After all that takes time, so that a Ctrl-C leaves no empty folder; another run may have begun in --out meanwhile.
-    replaced, folder = from_rank0(world, lambda: (files_to_replace(args), make_folder(args)))
+    runs = extra("runs")
+    replaced, folder = from_rank0(world, lambda: (runs.files_to_replace(args), runs.make_folder(args)))
     run = Run(args, world, folder, data.to(world.device), model, net,
               optimizer=torch.optim.Adam(model.parameters(), lr=args.lr, fused=True),
               scaler=torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16"),
               average=moving_average(model, lambda: run.steps, args.ema) if args.ema else None,
-              graph=fast.StepGraph(args.batch_size * args.accumulate, world.device) if fast and args.graph else None,
+              graph=fast.StepGraph(args.batch_size * args.accumulate, 3 + args.flip, world.device)
+              if fast and args.graph else None,
               replaced=replaced, totals=torch.zeros(2, dtype=torch.float64, device=world.device))
     if checkpoint:
         try:
@@ -749,13 +814,11 @@ def measure_statistics(run):
     """BatchNorm's statistics of the averaged weights, by which these are evaluated and kept: those of the live weights
     do not fit them. Over the same images for a seed, in the same batches on each process."""
     if run.average:
-        args, data = run.args, run.data
-        order, motion = epoch_plan(len(data.train_images), args.seed, 0, args.rotate, args.shift)
-        order, motion = (t[:STATISTICS_IMAGES].to(run.world.device) for t in (order, motion))
+        order, motion = (part[:STATISTICS_IMAGES] for part in run.plan(0))
         parts = -(-len(order) // EVALUATION_BATCH)  # of equal size, since update_bn weighs them alike
         batches = zip(order.tensor_split(parts), motion.tensor_split(parts))
-        with autocast(run.world.device, args.amp):
-            update_bn((move(to_float(data.train_images[part]), motions) for part, motions in batches),
+        with autocast(run.world.device, run.args.amp):
+            update_bn((move(to_float(run.data.train_images[part]), motions) for part, motions in batches),
                       run.tested.backbone)
 
 
@@ -776,51 +839,39 @@ def restore(run, checkpoint):
 
 # What defines a run: stored in its checkpoint, taken from there on --resume.
 RECIPE = ("model", "dataset", "holdout", "batch_size", "accumulate", "lr", "gamma", "step_size", "iterations", "amp",
-          "rotate", "shift", "ema", "lr_scale", "warmup", "seed")
+          "rotate", "shift", "ema", "lr_scale", "warmup", "seed", "size", "grey", "flip")
+LATER = {"size": None, "grey": False, "flip": False}  # what runs of earlier versions do not tell
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds", "images_per_second",
            "dataset")
-RUN_FILES = ("last.pt", "metrics.csv", "summary.json", "curves.png", "confusion.png", "roc.png", "misclassified.png")
 PARTS = ("model", "average", "optimizer", "scaler")  # attributes of a Run that have a state_dict
 STATE = ("history", "position", "steps", "seconds")  # attributes of a Run that its checkpoint holds as they are
-# One name for all processes and restarts of a job; torchrun's own is unique with --standalone alone.
-JOB = os.environ.get("CAPS_JOB", "") + os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def prepare(args, processes=1):
     """Refuse all that can be refused: (args, checkpoint or None, data)."""
     args, checkpoint = settle_resume(args)
-    data = load_data(args.dataset, args.data_dir, args.holdout, args.seed)
+    data = load_data(args.dataset, args.data_dir, args.holdout, args.seed, args.size and (args.size, args.size),
+                     1 if args.grey else None)
     if len(data.train_images) < processes:
         raise UserError(f"{processes} processes for {len(data.train_images)} training images: start at most as many")
+    if checkpoint and checkpoint["traits"]["digest"] not in ("", data.traits["digest"]):
+        raise UserError(f"{args.resume}: was trained on other images than {data.name} has, or in another order; it can "
+                        "be used, but not gone on with")
+    try:
+        with torch.device("meta"):
+            new_model(args.model, args.iterations, data.traits)
+    except ValueError as error:
+        raise UserError(f"--model {args.model}, --dataset {data.name}: {error}; --size 28, say, resizes them") from error
     args.dataset = data.name
-    files_to_replace(args)
-    check_writable(args.out or "runs")
+    extra("runs").files_to_replace(args)
+    extra("runs").check_writable(args.out or "runs")
     return args, checkpoint, data
-
-
-def find_resume(args):
-    """The checkpoint to go on from, or None: what --resume names, or after a restart by torchrun this job's newest one;
-    without a file's name that is last.pt of --out, or the newest of the model's default folders."""
-    folder = args.out or (pathlib.Path(args.resume).parent if args.resume and args.resume != "newest" else None)
-    pattern = "last.pt" if folder else f"{args.model}-*/last.pt"
-    found = sorted(pathlib.Path(folder or "runs").glob(pattern), key=os.path.getmtime, reverse=True)
-    # torchrun does not count restarts that another machine is the cause of; run.sh names each job, so none is missed.
-    if os.environ.get("CAPS_JOB") or JOB and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0"):
-        for path in found:
-            with contextlib.suppress(UserError):  # a damaged one is not this job's
-                if read_checkpoint(path).get("job") == JOB:
-                    return str(path)
-    if args.resume == "newest":
-        if not found:
-            raise UserError(f"--resume: no {folder or 'runs'}/{pattern} here; name a checkpoint file")
-        return str(found[0])
-    return args.resume
 
 
 def settle_resume(args):
     """(args, the checkpoint to go on from or None): the recipe and the folder are taken from the checkpoint. An option
     that contradicts it is a UserError; --epochs and --out may differ."""
-    args.resume = find_resume(args)
+    args.resume = extra("runs").find_resume(args)
     if not args.resume:
         return args, None
     checkpoint = read_checkpoint(args.resume)
@@ -831,10 +882,11 @@ def settle_resume(args):
                         "gone on with")
     for key in RECIPE:
         given, value = getattr(args, key), checkpoint["config"][key]
-        if key in args.given and given != value and (key, given) != ("dataset", "auto"):
+        moved = key == "dataset" and key in args.given and os.path.isabs(given) and os.path.isabs(value)  # see digest
+        if key in args.given and given != value and (key, given) != ("dataset", "auto") and not moved:
             raise UserError(f"--{key.replace('_', '-')} {given}: {args.resume} was trained with {value}; leave the "
                             "option out, or start a new run")
-        setattr(args, key, value)
+        setattr(args, key, given if moved else value)
     if args.amp == "fp16" and lacks_gpu(args):
         raise UserError(f"--resume {args.resume}: was trained with --amp fp16, which needs a GPU")
     if "epochs" not in args.given:
@@ -847,116 +899,40 @@ def lacks_gpu(args):
     return args.device == "cpu" or not torch.cuda.is_available()
 
 
-def files_to_replace(args):
-    """The files of another run in --out; a UserError unless --overwrite gives them up."""
-    folder = pathlib.Path(args.out or "")
-    if not args.out or args.resume and (folder / "last.pt").resolve() == pathlib.Path(args.resume).resolve():
-        return []
-    held = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if held and not args.overwrite:
-        raise UserError(f"--out {folder}: holds a run ({held[0].name}); add --resume to go on with it, --overwrite to "
-                        "replace it, or name another folder")
-    return held
-
-
-def check_writable(folder, option="--out"):
-    """A UserError where no file can be made in `folder`, which may have to be made first; nothing is left there."""
-    folder = pathlib.Path(folder)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    try:
-        tempfile.TemporaryFile(dir=nearest).close()
-    except OSError as error:
-        raise UserError(f"{folder}: no files can be made there ({nearest}: {error.strerror}); mend it, or name another "
-                        f"folder by {option}") from error
-
-
-def make_folder(args):
-    """The folder to write to: --out, or a new one below runs/, made."""
-    if args.out:
-        pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
-        return pathlib.Path(args.out)
-    pathlib.Path("runs").mkdir(exist_ok=True)
-    for number in itertools.count(1):
-        folder = pathlib.Path(f"runs/{args.model}-{args.dataset}{f'-{number}' if number > 1 else ''}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-
-
 def save(run):
     """last.pt, everything that a bit-for-bit continuation needs, and metrics.csv. Rank 0 writes; the others' sums are
     gathered first. Neither a loss nor weights that are not finite are ever saved."""
     totals = all_sum(run.world, run.totals.clone()).cpu()
     check_finite(run, totals[0].item() + sum(weight.detach().sum() for weight in run.model.parameters()).item())
 
+    runs = extra("runs")
+
     def write():
         config = {key: getattr(run.args, key) for key in (*RECIPE, "epochs")}
-        content = {"version": __version__, "format": 2, "job": JOB, "config": config, "totals": totals, "rng": torch.get_rng_state()}
+        content = {"version": __version__, "format": 2, "job": runs.JOB, "config": config, "traits": run.data.traits,
+                   "totals": totals, "rng": torch.get_rng_state()}
         content |= {name: getattr(run, name) for name in STATE}
         content |= {name: getattr(run, name) and getattr(run, name).state_dict() for name in PARTS}
-        write_atomically(run.folder / "last.pt", lambda path: write_checkpoint(path, content))
-        write_atomically(run.folder / "metrics.csv", lambda path: write_metrics(path, run.history))
+        runs.write_atomically(run.folder / "last.pt", lambda path: runs.write_checkpoint(path, content))
+        runs.write_atomically(run.folder / "metrics.csv", lambda path: runs.write_metrics(path, run.history))
 
-    from_rank0(run.world, lambda: naming_checkpoint(run.folder, write))
-
-
-def naming_checkpoint(folder, write):
-    """`write()`, whose UserError names the checkpoint that is left; a folder with nothing in it goes."""
-    try:
-        write()
-    except UserError as error:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        kept = folder / "last.pt"
-        if not kept.exists():
-            raise UserError(f"{error}; nothing was trained yet") from error
-        checkpoint = read_checkpoint(kept)
-        raise UserError(f"{error}; {kept} is whole, of epoch {len(checkpoint['history'])} and step "
-                        f"{checkpoint['steps']}: go on from there by --resume {kept}") from error
-
-
-def write_atomically(path, write):
-    """Let `write(temporary_path)` make a file, then rename it to `path`, whose folder is made: a kill leaves the old or
-    the new one whole. UserError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")  # the suffix tells savefig the format
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def write_checkpoint(path, content):
-    try:
-        torch.save(content, path)
-    except RuntimeError:  # in its archive's own words; Python's, for one more block, say why
-        with open(path, "ab") as file:
-            file.write(bytes(2 ** 20))
-        raise  # of something else
-
-
-def write_metrics(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    from_rank0(run.world, lambda: runs.naming_checkpoint(run.folder, write))
 
 
 def read_checkpoint(path):
-    """The dictionary in a checkpoint of this program, and its `path`; tensors and plain values, code is refused."""
+    """The dictionary in a checkpoint of this program, and its `path`; tensors and plain values, code is refused. What
+    an earlier version did not write is added: `traits` and some of its `config`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a foreign pickle is reported below, in one line
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = checkpoint["config"]
+        config = checkpoint["config"] = LATER | checkpoint["config"]
         if not {*PARTS, *STATE} <= checkpoint.keys() or not {"epochs", *RECIPE} <= config.keys():
             raise ValueError("it holds something else")
         if config["model"] not in MODELS:
             raise ValueError(f"of an unknown model, {config['model']}")
+        if "traits" not in checkpoint:
+            checkpoint["traits"] = extra("datasets").earlier_traits(config["dataset"])
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch.load raises whatever a foreign file leads it to
@@ -967,7 +943,8 @@ def read_checkpoint(path):
 
 def load_model(checkpoint, device):
     """The model of a checkpoint that is evaluated and used."""
-    model = MODELS[checkpoint["config"]["model"]](iterations=checkpoint["config"]["iterations"])
+    config = checkpoint["config"]
+    model = new_model(config["model"], config["iterations"], checkpoint["traits"])
     weights = checkpoint["average"] or checkpoint["model"]  # AveragedModel adds a counter and a prefix to the names
     if checkpoint["average"] and "format" not in checkpoint and any("running" in name for name in weights):
         raise UserError(f"{checkpoint['path']}: of an earlier version, its averaged weights have BatchNorm statistics of "
@@ -982,6 +959,20 @@ def load_model(checkpoint, device):
     return model.to(device)
 
 
+def load_data_for(checkpoint, dataset=None, data_dir=None, holdout=0):
+    """A data set, by default the checkpoint's own, as its model takes it: its size and channels, and labels by the
+    names of its classes; UserError where the set has others. `holdout` as for load_data, by the run's seed."""
+    config, traits = checkpoint["config"], checkpoint["traits"]
+    dataset = dataset or config["dataset"]
+    data = load_data(dataset, data_dir, holdout, config["seed"], traits["image"][1:], traits["image"][0])
+    if others := [name for name in data.traits["classes"] if name not in traits["classes"]]:
+        raise UserError(f"--dataset {dataset}: has classes that {checkpoint['path']} does not know: "
+                        f"{', '.join(others[:5])}{', ...' if len(others) > 5 else ''}")
+    label = torch.tensor([traits["classes"].index(name) for name in data.traits["classes"]])
+    return dataclasses.replace(data, train_labels=label[data.train_labels], test_labels=label[data.test_labels],
+                               traits=traits)
+
+
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 EVALUATION_BATCH = 200
@@ -990,13 +981,13 @@ STATISTICS_IMAGES = 2000  # of measure_statistics
 
 @torch.no_grad()
 def class_scores(model, images, world, amp="off"):
-    """Lengths of the class capsules of uint8 images [n, 28, 28] -> float32 [n, J], on every process. The processes take
+    """Lengths of the class capsules of uint8 images [n, C, H, W] -> float32 [n, J], on every process. The processes take
     batches in turn, which are the same for any number of processes."""
     if world.size > 1:  # on CPUs BatchNorm's statistics are each process's own; those of rank 0 are kept
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     model.eval()
-    scores = torch.zeros(len(images), CLASSES, device=images.device)
+    scores = torch.zeros(len(images), model.digits.weight.shape[1], device=images.device)
     for start in range(world.rank * EVALUATION_BATCH, len(images), world.size * EVALUATION_BATCH):
         part = slice(start, start + EVALUATION_BATCH)
         with autocast(images.device, amp):
@@ -1010,15 +1001,16 @@ def measure(scores, labels):
     metrics = package("sklearn.metrics")
     loss = margin_loss(scores, labels).item()
     scores, labels = scores.cpu().numpy(), labels.cpu().numpy()
-    confusion = metrics.confusion_matrix(labels, scores.argmax(1), labels=range(CLASSES))
+    classes = range(scores.shape[1])
+    confusion = metrics.confusion_matrix(labels, scores.argmax(1), labels=classes)
     counts = confusion.sum(1)
     auc = [metrics.roc_auc_score(labels == c, scores[:, c]) if 0 < counts[c] < len(labels) else None
-           for c in range(CLASSES)]
+           for c in classes]
     known = [a for a in auc if a is not None]
     return {
         "test_accuracy": float(confusion.trace() / len(labels)),
         "test_loss": loss,
-        "per_class_accuracy": [float(confusion[c, c] / counts[c]) if counts[c] else None for c in range(CLASSES)],
+        "per_class_accuracy": [float(confusion[c, c] / counts[c]) if counts[c] else None for c in classes],
         "auc": auc,
         "macro_auc": float(np.mean(known)) if known else None,
         "confusion": confusion.tolist(),
@@ -1041,11 +1033,11 @@ def evaluate(args, write):
 
     def read_inputs():
         checkpoint = read_checkpoint(args.checkpoint)
-        data = load_data(args.dataset or checkpoint["config"]["dataset"], args.data_dir)
-        folder = pathlib.Path(args.out or pathlib.Path(args.checkpoint).parent / f"eval-{data.name}")
+        data = load_data_for(checkpoint, args.dataset, args.data_dir)
+        folder = pathlib.Path(args.out or pathlib.Path(args.checkpoint).parent / f"eval-{data.title}")
         if (folder / "last.pt").exists():
             raise UserError(f"--out {folder}: holds a training run; name another folder")
-        check_writable(folder)
+        extra("runs").check_writable(folder)
         return load_model(checkpoint, torch.device("cpu")), checkpoint["config"], data, folder
 
     model, config, data, folder = from_rank0(world, read_inputs)
@@ -1053,7 +1045,7 @@ def evaluate(args, write):
     machine.warn_of_bf16(world, args.amp)
     scores = class_scores(model.to(world.device), data.test_images, world, args.amp)
     held, facts = config["holdout"], config | {"checkpoint": args.checkpoint, "amp": args.amp}
-    what = (data.note or data.name) + f", not the {held} training images that the run was tested on" * bool(held)
+    what = (data.note or data.title) + f", not the {held} training images that the run was tested on" * bool(held)
     from_rank0(world, lambda: write(folder, what, facts, scores, measure(scores, data.test_labels), data, world))
     return 0
 
@@ -1096,6 +1088,17 @@ def checkpoint_name(text):
     return os.path.join(path, "last.pt") if os.path.isdir(path) else path
 
 
+def dataset_name(text):
+    """An argparse type: the name of a data set, or the absolute path of a folder or an .npz file."""
+    names = extra("datasets").NAMES
+    if text in names or text == "auto":
+        return text
+    path = os.path.abspath(file_name(text))
+    if not os.path.exists(path) and os.path.basename(text) == text:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(names)}, a folder or an .npz file; there is no {text!r}")
+    return path
+
+
 MODES = {
     "train": "train a model, evaluated after every epoch (the default mode); several processes have other defaults",
     "eval": "evaluate a checkpoint on a test set",
@@ -1114,7 +1117,8 @@ NEEDED = {  # what a mode imports sooner or later: looked for before it begins
 SHARED_OPTIONS = {
     "--model": dict(choices=list(MODELS), default="alexcaps", help="network"),
     "--iterations": dict(type=number(int, 1), default=3, help="routing iterations"),
-    "--dataset": dict(choices=["auto", *DATASETS, EMBEDDED], help="auto: MNIST from disk or download, else mnist5k"),
+    "--dataset": dict(type=dataset_name, metavar="SET", help="auto (MNIST from disk or download, else mnist5k), a name "
+                      "of docs/datasets.md, a folder of images (CLASS/*.png) or IDX files, or an .npz file"),
     "--data-dir": dict(type=file_name, metavar="DIR", default=os.environ.get("CAPS_DATA") or None,
                        help="folder of the IDX files, or torchvision's; else CAPS_DATA, else ./data"),
     "--device": dict(choices=["auto", "cpu", "cuda"], default="auto", help="where to compute"),
@@ -1160,6 +1164,9 @@ def train_options(add):
         add(option)
     add("--dataset", default="auto")
     add("--amp", default=("fp16" if torch.cuda.is_available() else cpu_amp()) if several else "off")
+    add("--size", type=number(int, 1, 512), metavar="N", help="resize images to N×N pixels; by default those above 64")
+    add("--grey", action="store_true", help="drop the images' colour")
+    add("--flip", action="store_true", help="mirror every other image, at random: for sets where that is the same thing")
     add("--holdout", type=number(int, 0), default=0, metavar="N", help="test on N training images instead, by --seed")
     add("--epochs", type=natural, default=20, help="epochs in all, those before --resume included")
     add("--batch-size", type=natural, default=32, metavar="N", help="images a process and micro-step")

@@ -15,31 +15,33 @@ from matplotlib.colors import to_rgb
 from matplotlib.path import Path
 from PIL import Image
 
-from caps import MODELS, ResidualBlock, check_writable, write_atomically
+from caps import ResidualBlock
 from caps.extras.datasets import load_embedded
-from caps.extras.figures import new_figure
-from caps.extras.summary import layer_table, totals
+from caps.extras.figures import new_figure, pixels, shown
+from caps.extras.runs import check_writable, write_atomically
+from caps.extras.summary import described, layer_table, totals
 
 KINDS = {"Conv2d": ("Conv", "#a5c5e5"), "MaxPool2d": ("Max pool", "#dd8a8a"), "BatchNorm2d": ("BN", "#86bf86"),
          "ReLU": ("ReLU", "#f2a65a"), "PrimaryCapsules": ("Primary capsules", "#7fa8d1"),
          "CapsuleLayer": ("Digit capsules", "#a78bca")}
 BESIDE_BLOCK = 0.36  # inches, for the sum
-sample_digit = functools.cache(lambda: load_embedded().test_images[500].numpy())  # the first 5
+sample_digit = functools.cache(lambda: pixels(load_embedded().test_images[500]))  # the first 5
 
 
 def options(add):
-    add("--model")
-    add("--iterations")
+    for option in ("--model", "--iterations"):
+        add(option)
+    add("--checkpoint", required=False, help="the network of a run, in the place of --model's for MNIST")
     add("--out", default=".", help="folder to write to")
 
 
 def run(args):
     """diagram-MODEL.svg and diagram-MODEL.png."""
     check_writable(args.out)
-    model = MODELS[args.model](iterations=args.iterations)
+    model, name, traits = described(args)
     for suffix in ("svg", "png"):
-        path = pathlib.Path(args.out) / f"diagram-{args.model}.{suffix}"
-        plot_diagram(model, path)
+        path = pathlib.Path(args.out) / f"diagram-{name}.{suffix}"
+        plot_diagram(model, path, traits)
         print(path)
     return 0
 
@@ -48,7 +50,7 @@ def diagram_stages(model):
     """What a diagram draws, in order: a convolution or a new shape begins a stage, which other layers then join."""
     blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, ResidualBlock)]
     stages = []
-    for name, kind, shape, count, _ in [("", "Image", (1, 28, 28), 0, 0), *layer_table(model)]:
+    for name, kind, shape, count, _ in [("", "Image", model.image, 0, 0), *layer_table(model)]:
         layer = model.get_submodule(name)
         title, color = KINDS["Conv2d"] if isinstance(layer, nn.Conv2d) else KINDS.get(kind, (kind, "#d0d0d0"))
         if not stages or shape != stages[-1].shape or title == "Conv":
@@ -68,8 +70,9 @@ def diagram_stages(model):
     return stages
 
 
-def plot_diagram(model, path):
-    """Draw data's flow through a model into an .svg or .png file; the figure, whose coordinates are inches."""
+def plot_diagram(model, path, traits=None):
+    """Draw data's flow through a model into an .svg or .png file; the figure, whose coordinates are inches. `traits` of
+    its data set, or else a digit and numbers for classes."""
     maps, capsules = ([stage for stage in diagram_stages(model) if len(stage.shape) == n] for n in (3, 2))
     beside = BESIDE_BLOCK * len({stage.block for stage in maps} - {None})
     longest = max(len(line) for stage in maps for line in stage.label + stage.table)
@@ -78,10 +81,12 @@ def plot_diagram(model, path):
     roof = high + (0.77 if beside else 0.45) + 0.13 * max(len(stage.label) for stage in maps)
     height = roof + (0.6 if beside else 0.45)
     figure, (axis,) = new_figure(width, height)
-    end, edge = draw_backbone(axis, high, maps, pitch, roof), width - 0.07
+    sample = sample_digit() if not traits or traits["framing"] == "mnist" else np.full((1, 1), 190)  # a grey square
+    end, edge = draw_backbone(axis, high, maps, pitch, roof, sample), width - 0.07
     x = (width + 1.1 - sum(0.1 * stage.shape[1] + 1.7 for stage in capsules)) / 2
     draw_arrow(axis, (end, high), (edge, high), (edge, turn), (x - 0.5, turn), (x - 0.5, low), (x - 0.03, low))
-    draw_capsules(axis, x, low, capsules)
+    names = traits["classes"] if traits else map(str, range(capsules[-1].shape[0]))
+    draw_capsules(axis, x, low, capsules, [shown(name, 12) for name in names])
     title = "{}: {:,} parameters, {:,} multiply-adds an image".format(type(model).__name__, *totals(layer_table(model)))
     draw_text(axis, width / 2, height - 0.2, [title], fontsize=9, weight="bold")
     key = "Below each layer: its output (channels × height × width, or capsules × dimensions) and its parameters"
@@ -95,14 +100,14 @@ def plot_diagram(model, path):
     return figure
 
 
-def draw_backbone(axis, y, stages, pitch, roof):
+def draw_backbone(axis, y, stages, pitch, roof, sample):
     """The stages before the capsules in a row at y, `pitch` apart, labels from `roof` down; the x of its end."""
     largest = np.max([stage.shape[:2] for stage in stages[1:]], axis=0)
     x, end = 0.1, None
     for block, members in itertools.groupby(stages, lambda stage: stage.block):
         entry = x + 0.06
         for stage in members:
-            begin, stop = draw_maps(axis, x + pitch / 2, y, stage, largest)
+            begin, stop = draw_maps(axis, x + pitch / 2, y, stage, largest, sample)
             draw_text(axis, x + pitch / 2, roof, stage.label)
             draw_text(axis, x + pitch / 2, y - 0.7, stage.table)
             if end:
@@ -121,10 +126,10 @@ def draw_backbone(axis, y, stages, pitch, roof):
     return end
 
 
-def draw_maps(axis, x, y, stage, largest):
-    """The image, or maps as a cuboid with a band for each layer, around (x, y); its left and right end."""
+def draw_maps(axis, x, y, stage, largest, sample):
+    """The sample image, or maps as a cuboid with a band for each layer, around (x, y); its left and right end."""
     if stage.label[0] == "Image":
-        axis.imshow(sample_digit(), cmap="gray", extent=(x - 0.25, x + 0.25, y - 0.25, y + 0.25))
+        axis.imshow(sample, cmap="gray", vmin=0, vmax=255, extent=(x - 0.25, x + 0.25, y - 0.25, y + 0.25))
         return x - 0.25, x + 0.25
     thickness, height = (stage.shape[:2] / largest) ** (0.5, 0.45) * (0.24, 0.8)
     widths = [0.04 + thickness] + [0.045] * (len(stage.colors) - 1)
@@ -139,8 +144,9 @@ def draw_maps(axis, x, y, stage, largest):
     return begin, end + shift[0]
 
 
-def draw_capsules(axis, x, y, stages):
+def draw_capsules(axis, x, y, stages, classes):
     """Capsules around y, from x on, as pills with a dot for each dimension; the routing between them; the lengths."""
+    within = max(map(len, classes)) <= 2  # names that the circles of the lengths have room for
     sources = []
     for stage in stages:
         n, dim = stage.shape
@@ -160,7 +166,8 @@ def draw_capsules(axis, x, y, stages):
         sources, x = rows, end + 1.7
     for index, row in zip(shown, rows):
         draw_arrow(axis, (end + 0.03, row), (end + 0.42, row))
-        draw_text(axis, end + 0.5, row, [index], va="center_baseline")
+        axis.text(end + (0.5 if within else 0.6), row, classes[index], fontsize=7, va="center_baseline",
+                  ha="center" if within else "left")
     axis.plot(np.full(len(rows), end + 0.5), rows, "o", ms=10, mfc="white", mec="#444", mew=0.5)
     draw_text(axis, end + 0.5, y + 0.99, ["Lengths |v|", "longest: class"])
     draw_text(axis, end + 0.5, y - 0.95, [n])

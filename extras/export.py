@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import pathlib
 import warnings
 
@@ -9,8 +10,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from caps import (CLASSES, EVALUATION_BATCH, UserError, check_writable, file_name, lengths, load_data, load_model,
-                  package, read_checkpoint, to_float, write_atomically)
+from caps import (EVALUATION_BATCH, UserError, file_name, lengths, load_data_for, load_model, package, read_checkpoint,
+                  to_float)
+from caps.extras.runs import check_writable, write_atomically
 
 
 def options(add):
@@ -33,14 +35,15 @@ class WithLengths(nn.Module):
 
 
 def run(args):
-    """A checkpoint as an ONNX file, kept only if onnxruntime computes the same over the test images."""
-    onnxruntime, *_ = (package(name, "export", "-e '.[onnx]'") for name in ("onnxruntime", "onnx", "onnxscript"))
+    """A checkpoint as an ONNX file, kept only if onnxruntime computes the same over the test images. Its metadata hold
+    the names of the classes."""
+    onnxruntime, onnx, _ = (package(name, "export", "-e '.[onnx]'") for name in ("onnxruntime", "onnx", "onnxscript"))
     out = pathlib.Path(args.out)
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name the file to write, {out / 'model.onnx'} say")
     check_writable(out.parent, "FILE")
     checkpoint = read_checkpoint(args.checkpoint)
-    images = load_data(args.dataset or checkpoint["config"]["dataset"], args.data_dir).test_images
+    images = load_data_for(checkpoint, args.dataset, args.data_dir).test_images
     model = WithLengths(load_model(checkpoint, torch.device("cpu"))).eval()
 
     def write(path):
@@ -49,6 +52,9 @@ def run(args):
             torch.onnx.export(model, (to_float(images[:2]),), path, dynamo=True, external_data=False, verbose=False,
                               input_names=["images"], output_names=["lengths", "capsules"],
                               dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+        content = onnx.load(path)
+        onnx.helper.set_model_props(content, {"classes": json.dumps(checkpoint["traits"]["classes"])})
+        onnx.save(content, path)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         worst = 0.0
         for part in map(to_float, images.split(EVALUATION_BATCH)):
@@ -58,7 +64,8 @@ def run(args):
             worst = max(worst, *(float(np.abs(a.numpy() - b).max()) for a, b in zip(expected, found)))
         if not worst <= 1e-5:
             raise UserError(f"{args.out}: not written, onnxruntime differs by {worst:.1e}, expected at most 1e-5")
-        print(f"{args.out}: images [batch, 1, 28, 28] in [0, 1] -> lengths [batch, {CLASSES}], capsules; onnxruntime "
+        shape, classes = (", ".join(map(str, checkpoint["traits"]["image"])), len(checkpoint["traits"]["classes"]))
+        print(f"{args.out}: images [batch, {shape}] in [0, 1] -> lengths [batch, {classes}], capsules; onnxruntime "
               f"differs by at most {worst:.1e} over {len(images):,} test images")
 
     write_atomically(out, write)

@@ -37,7 +37,7 @@ def keep_freed_memory():
 
 
 def trained_form(model, args, world, images):
-    """The model as it is trained on uint8 images [n, 28, 28]: compiled where that pays, else itself."""
+    """The model as it is trained on uint8 images [n, C, H, W]: compiled where that pays, else itself."""
     if not pays_compiling(args, world, len(images)):
         return model
     if world.rank == 0:
@@ -56,7 +56,7 @@ def pays_compiling(args, world, images):
 
 
 def compiled(model, images, amp):
-    """The model as torch.compile makes it for training on uint8 images [B, 28, 28], or itself where that fails.
+    """The model as torch.compile makes it for training on uint8 images [B, C, H, W], or itself where that fails.
 
     BatchNorm, ReLU and additions become fewer passes over tensors of 25 MB. In channels-last order torch's own
     BatchNorm would be almost as fast, but its sums leave 1 to 2 % of error in float32 gradients, these below 0.2 %.
@@ -87,12 +87,13 @@ class StepGraph:
     """update_weights as one CUDA graph: three full groups run as they are, the fourth is captured, which runs nothing,
     and this and all later ones are replayed. A smaller group runs as it is. UserError where the capture fails.
 
-    A replay reads images `index` [size], `motion` [size, 3] and the learning rate `lr`, float32, where the capture did.
+    A replay reads images `index` [size], `motion` [size, columns] and the learning rate `lr`, float32, where the
+    capture did.
     """
 
-    def __init__(self, size, device):
+    def __init__(self, size, columns, device):
         self.index = torch.zeros(size, dtype=torch.int64, device=device)
-        self.motion, self.lr = torch.zeros(size, 3, device=device), torch.zeros((), device=device)
+        self.motion, self.lr = torch.zeros(size, columns, device=device), torch.zeros((), device=device)
         self.stream, self.graph = torch.cuda.Stream(device), None  # the default stream cannot be captured
         self.eager = 3  # full groups still to run as they are: at first Adam, the scaler, cuBLAS and cuDNN allocate
 

@@ -1,10 +1,26 @@
 """The pictures of finished runs: accuracy and loss over epochs, confusion matrices, ROC curves, the worst errors."""
 
+import warnings
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from caps import CLASSES, write_atomically
+from caps.extras.runs import write_atomically
+
+ALL = 12    # classes of which each has a ROC curve of its own
+WORST = 6   # classes named where there are more
+warnings.filterwarnings("ignore", "Glyph .* missing")  # in the names of classes: a box is drawn
+
+
+def shown(name, most=16):
+    """A class's name as it is drawn: cut where it is long, and a $ no formula."""
+    return (name if len(name) <= most else name[:most - 1] + "…").replace("$", r"\$")
+
+
+def pixels(image):
+    """[C, H, W] -> [H, W] or [H, W, C], as imshow has it."""
+    return image.cpu().permute(1, 2, 0).squeeze(2).numpy()
 
 
 def new_figure(width, height, columns=1, rows=1):
@@ -34,36 +50,40 @@ def plot_curves(runs, path):
 
 
 def plot_confusion(results, path):
-    """Confusion matrices side by side; `results` maps a title to `measure`'s dictionary."""
+    """Confusion matrices side by side; `results` maps a title to `measure`'s dictionary with the names of `classes`."""
     columns, rows = min(3, len(results)), -(-len(results) // 3)
-    figure, axes = new_figure(5.2 * columns, 5.2 * rows, columns, rows)
+    most = max(len(result["classes"]) for result in results.values())
+    cell = np.interp(most, (12, 26, 100), (0.4, 0.32, 0.19))  # inches
+    side = max(5.2, 1.2 + cell * most)
+    figure, axes = new_figure(side * columns, side * rows, columns, rows)
     for axis in axes[len(results):]:
         axis.set_axis_off()
     for axis, (title, result) in zip(axes, results.items()):
-        counts = np.array(result["confusion"])
+        counts, names = np.array(result["confusion"]), [shown(name) for name in result["classes"]]
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         axis.grid(False)
         axis.imshow(share ** 0.3, cmap="Blues", vmin=0, vmax=1.2)  # the power shows single errors beside full diagonals
         for (row, column), n in np.ndenumerate(counts):
             if n:
-                axis.text(column, row, n, ha="center", va="center", fontsize=8,
+                axis.text(column, row, n, ha="center", va="center", fontsize=min(8, 30 * cell),
                           color="white" if share[row, column] > 0.5 else "black")
-        axis.set(xlabel="predicted class", ylabel="true class", xticks=range(CLASSES), yticks=range(CLASSES),
+        axis.set(xlabel="predicted class", ylabel="true class",
                  title=f"{title}\n{100 * result['test_accuracy']:.2f} % of {counts.sum():,}")
+        small = {} if len(names) <= ALL else {"fontsize": min(8, 38 * cell)}
+        axis.set_yticks(range(len(names)), names, **small)
+        axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, **small)
     write_atomically(path, figure.savefig)
 
 
 def plot_roc(results, path):
     """One-versus-rest ROC curves, whole and with the upper left corner enlarged; `results` maps a title to
-    (scores [n, J], labels [n], `measure`'s dictionary)."""
-    from sklearn.metrics import roc_curve  # a second to import, which the other pictures do not need
+    (scores [n, J], labels [n], `measure`'s dictionary with the names of `classes`)."""
     figure, axes = new_figure(10, 4.6 * len(results), columns=2, rows=len(results))
     for row, (title, (scores, labels, result)) in enumerate(results.items()):
         whole, corner = axes[2 * row:2 * row + 2]
-        for c in (c for c in range(CLASSES) if result["auc"][c] is not None):
-            false_positive, true_positive, _ = roc_curve(labels.cpu() == c, scores[:, c].cpu())
+        for name, false_positive, true_positive, auc, style in roc_curves(scores.cpu(), labels.cpu(), result):
             for axis in (whole, corner):
-                axis.plot(false_positive, true_positive, color=f"C{c}", label=f"{c}: AUC {result['auc'][c]:.5f}")
+                axis.plot(false_positive, true_positive, label=f"{name}: AUC {auc:.5f}", **style)
         for axis in (whole, corner):
             axis.set(xlabel="false positive rate", ylabel="true positive rate")
         whole.set_title(f"{title}\neach class against the rest")
@@ -73,8 +93,26 @@ def plot_roc(results, path):
     write_atomically(path, figure.savefig)
 
 
-def plot_misclassified(images, scores, labels, title, path, most=40):
-    """The worst errors: those whose wrong capsule is longest compared with the right one."""
+def roc_curves(scores, labels, result):
+    """(name, false positive rates, true positive rates, area, style) of each class with and without images; of more than
+    ALL classes the mean over classes (macro), all decisions together (micro), and those with the least areas."""
+    from sklearn import metrics  # a second to import, which the other pictures do not need
+    known = [c for c in range(len(result["classes"])) if result["auc"][c] is not None]
+    curves = {c: metrics.roc_curve(labels == c, scores[:, c])[:2] for c in known}
+    few, chosen = len(known) <= ALL, known
+    if not few:
+        rates = np.concatenate([np.linspace(0, 0.05, 501), np.linspace(0.05, 1, 951)])
+        mean = np.mean([np.interp(rates, *curves[c]) for c in known], 0)
+        together = metrics.roc_curve(np.eye(scores.shape[1])[labels].ravel(), scores.ravel())[:2]
+        yield f"macro, {len(known)} classes", rates, mean, result["macro_auc"], {"color": "black", "lw": 2}
+        yield "micro", *together, metrics.auc(*together), {"color": "black", "ls": "--"}
+        chosen = sorted(known, key=lambda c: result["auc"][c])[:WORST]
+    for number, c in enumerate(chosen):
+        yield shown(result["classes"][c]), *curves[c], result["auc"][c], {"color": f"C{c if few else number}"}
+
+
+def plot_misclassified(images, scores, labels, classes, title, path, most=40):
+    """The worst errors: those whose wrong capsule is longest compared with the right one; `classes` are names."""
     predicted = scores.argmax(1)
     wrong = (predicted != labels).nonzero().flatten()
     right = scores.gather(1, labels[:, None]).flatten()
@@ -84,7 +122,8 @@ def plot_misclassified(images, scores, labels, title, path, most=40):
     for axis in axes:
         axis.set_axis_off()
     for axis, i in zip(axes, worst):
-        axis.imshow(images[i].cpu(), cmap="gray")
-        axis.set_title(f"{labels[i]} as {predicted[i]}\n{right[i]:.2f} < {scores[i].max():.2f}", fontsize=8)
+        axis.imshow(pixels(images[i]), cmap="gray")
+        true, taken = (shown(classes[c], 10) for c in (labels[i], predicted[i]))
+        axis.set_title(f"{true} as {taken}\n{right[i]:.2f} < {scores[i].max():.2f}", fontsize=8)
     figure.suptitle(f"{title}: {len(wrong)} of {len(labels)} wrong, the worst first", fontsize=10)
     write_atomically(path, figure.savefig)

@@ -1,6 +1,9 @@
-"""The mode `predict`: pictures to digits; what was seen in each, and how the routing came to its class.
+"""The mode `predict`: pictures to classes; what was seen in each, and how the routing came to its class.
 
     python caps.py predict --checkpoint runs/alexcaps-mnist/last.pt photo.jpg scans/ --show seen
+
+Where a network was trained on digits or characters framed as MNIST or EMNIST has them, these are looked for in pictures
+(reading.py). Any other network takes each picture whole, brought to the size and channels of its training images.
 """
 import collections
 import glob
@@ -11,14 +14,19 @@ import sys
 
 import numpy as np
 import torch
+from PIL import Image
 
-from caps import UserError, check_writable, extra, file_name, lengths, load_model, progress, read_checkpoint
+from caps import UserError, extra, file_name, lengths, load_model, progress, read_checkpoint
+from caps.extras.datasets import DIGITS
+from caps.extras.images import read_image
 from caps.extras.machine import choose_device
-from caps.extras.reading import read_picture
+from caps.extras.reading import Figure, Picture, read_picture
+from caps.extras.runs import check_writable
 
 CHUNK = 256    # files read before the network sees them together
-LENGTH = 0.86  # a longest capsule below it, or not so much longer than the second, is doubted: the limits that pass the
-MARGIN = 0.65  # fewest pictures of other things and 97 % of digits (tests/bench.py pictures, on held-out training images)
+LENGTH = 0.86  # of digits: a longest capsule below it, or not so much longer than the second, is doubted: the limits that
+MARGIN = 0.65  # pass the fewest other things and 97 % of digits (tests/bench.py pictures, on held-out training images)
+PRESENT = 0.5  # of other classes: between the lengths that the margin loss wants of an absent and of a present class
 BLOT = 0.36    # the width of strokes over a figure's height: a thick felt pen has 0.27
 
 
@@ -28,7 +36,8 @@ def options(add):
     add("images", nargs="+", metavar="IMAGE", type=file_name, help="image files, folders or glob patterns")
     add("--digits", action="store_true", help="a line for each digit of a picture, with its box")
     add("--json", action="store_true", help="print a JSON list, an object for each file, with boxes and all lengths")
-    add("--invert", action="store_true", help="the digits are darker than their ground; by default this is found out")
+    add("--invert", action="store_true", help="the digits are darker than their ground; by default this is found out, but "
+        "for networks that take pictures whole: there it inverts them")
     for option, what in (("--show", "what was seen in each picture, as NAME-seen.png"),
                          ("--explain", "each digit's routing, as NAME-routing.png")):
         add(option, nargs="?", const=".", metavar="DIR", type=file_name, help=f"also draw {what} in DIR (here)")
@@ -37,24 +46,25 @@ def options(add):
 def run(args):
     """What each image file shows; status 1 if one could not be read."""
     device = choose_device(args.device)
-    model = load_model(read_checkpoint(args.checkpoint), device).eval()
+    checkpoint = read_checkpoint(args.checkpoint)
+    model, traits = load_model(checkpoint, device).eval(), checkpoint["traits"]
     files = image_files(args.images)
     if not files:
         raise UserError(f"{' '.join(args.images)}: no files there; name images, a folder or a glob")
-    draw = drawer(args, model, files) if args.show or args.explain else lambda *seen: None
+    draw = drawer(args, model, traits, files) if args.show or args.explain else lambda *seen: None
     results = []
     with progress("predict", total=len(files)) as bar:
         for chunk in (files[start:start + CHUNK] for start in range(0, len(files), CHUNK)):
-            pictures = [read(path, args.invert, bar) for path in chunk]
+            pictures = [read(path, args.invert, traits, bar) for path in chunk]
             scores = classify(model, [figure.image for picture in pictures if picture for figure in picture.figures])
             for path, picture in zip(chunk, pictures):
                 if picture is None:
                     results.append(None)
                     continue
-                result = judge(picture, list(itertools.islice(scores, len(picture.figures))))
+                result = judge(picture, list(itertools.islice(scores, len(picture.figures))), traits)
                 results.append({"file": str(path), **result})
                 if not args.json:
-                    bar.write("\n".join(lines(path, result, args.digits)))
+                    bar.write("\n".join(lines(path, result, args.digits, traits)))
                 draw(len(results) - 1, picture, result)
     if args.json:
         print(json.dumps([result for result in results if result], indent=1))
@@ -75,7 +85,7 @@ def image_files(patterns):
     return files
 
 
-def drawer(args, model, files):
+def drawer(args, model, traits, files):
     """draw(i, picture, result) for --show and --explain of the i-th file. What is drawn has the file's path with _ for /
     as its name, numbered where two come to the same."""
     explain = extra("explain")
@@ -90,17 +100,17 @@ def drawer(args, model, files):
 
     def draw(i, picture, result):
         if args.show:
-            explain.plot_seen(files[i], picture, result, pathlib.Path(args.show, names[i]))
+            explain.plot_seen(files[i], picture, result, traits, pathlib.Path(args.show, names[i]))
         if args.explain:
-            explain.plot_routing(model, picture, result, pathlib.Path(args.explain, names[i]))
+            explain.plot_routing(model, picture, result, traits, pathlib.Path(args.explain, names[i]))
     return draw
 
 
-def read(path, invert, bar):
+def read(path, invert, traits, bar):
     """The picture of a file, or None with a line on stderr."""
     bar.update()
     try:
-        picture = read_picture(path, invert)
+        picture = read_picture(path, invert, traits["framing"]) if traits["framing"] else whole(path, invert, traits)
     except Exception as error:  # Pillow's decoders raise a dozen kinds
         bar.write(f"{path}: cannot be read as an image ({getattr(error, 'strerror', None) or error})", file=sys.stderr)
         return None
@@ -109,26 +119,55 @@ def read(path, invert, bar):
     return picture
 
 
+def whole(path, invert, traits):
+    """A picture as one figure, of the size and channels of the training images."""
+    channels, *size = traits["image"]
+    image, (height, width) = read_image(path, size, channels)
+    with Image.open(path) as file:
+        pages = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a phone's second picture is the same
+    image = np.float32(255 - image if invert else image) / 255
+    return Picture((width, height), [Figure((0, 0, width, height), image)], pages=pages)
+
+
 @torch.no_grad()
 def classify(model, images):
-    """Capsule lengths [J] of each image [28, 28], one by one out of batches."""
+    """Capsule lengths [J] of each image [H, W] or [H, W, C], one by one out of batches."""
     device = next(model.parameters()).device
     for start in range(0, len(images), CHUNK):
-        batch = torch.from_numpy(np.stack(images[start:start + CHUNK])).unsqueeze(1).to(device)
-        yield from lengths(model(batch)).cpu()
+        batch = torch.from_numpy(np.stack(images[start:start + CHUNK])).reshape(-1, *images[0].shape[:2], model.image[0])
+        yield from lengths(model(batch.permute(0, 3, 1, 2).contiguous().to(device))).cpu()
 
 
-def judge(picture, scores):
+def kind(traits):
+    """What a network tells apart: "digit", "character" or "class"."""
+    return "class" if not traits["framing"] else "digit" if traits["classes"] == DIGITS else "character"
+
+
+def doubts(lengths, traits):
+    """Why the class of these capsule lengths [J] may be wrong, or None."""
+    what, names = kind(traits), traits["classes"]
+    ordered = lengths.argsort(descending=True).tolist()
+    longest, second = [*lengths[ordered].tolist(), 0.0][:2]
+    limit = LENGTH if what == "digit" else PRESENT
+    if longest <= limit:
+        other = "none of the classes" if what == "class" else f"no {what}"
+        return f"perhaps {other}, no capsule is longer than {limit}"
+    if longest - second < MARGIN if what == "digit" else second > PRESENT:
+        return f"{names[ordered[0]]} or {names[ordered[1]]}"
+    return None
+
+
+def judge(picture, scores, traits):
     """What a picture shows, by its figures' capsule lengths [J], as the object that --json prints: `result` is "digit",
-    "digits", "no digit" or "blank", `text` the digits with / between rows, `uncertain` a reason or null."""
-    digits = []
+    "digits", "no digit" or "blank" ("character" for other characters, "class" for a picture taken whole), `text` the
+    digits with / between rows, `uncertain` a reason or null."""
+    what, names, digits = kind(traits), traits["classes"], []
     for figure, score in zip(picture.figures, scores):
-        first, second = score.topk(2).indices.tolist()
-        doubt = ("a blot, no stroke" if figure.stroke > BLOT else
-                 f"perhaps no digit, no capsule is longer than {LENGTH}" if score[first] <= LENGTH else
-                 f"{first} or {second}" if score[first] - score[second] < MARGIN else None)
-        digits.append({"digit": first, "row": figure.row, "box": list(figure.box), "uncertain": doubt,
-                       "lengths": [round(length, 4) for length in score.tolist()]})
+        first = score.argmax().item()
+        doubt = "a blot, no stroke" if figure.stroke > BLOT else doubts(score, traits)
+        digits.append({"digit": first} if what == "digit" else {"class": names[first]})
+        digits[-1] |= {"row": figure.row, "box": list(figure.box), "uncertain": doubt,
+                       "lengths": [round(length, 4) for length in score.tolist()]}
     sure = [digit for digit in digits if not digit["uncertain"]]
     def height(digit):
         return digit["box"][3] - digit["box"][1]
@@ -138,32 +177,38 @@ def judge(picture, scores):
     for digit in small:
         digit["uncertain"] = digit["uncertain"] or "small beside the others"  # a comma, a sign
     if not digits or len(digits) > 1 and 2 * len(sure) < len(digits):
-        result = "blank" if picture.remark == "blank" else "no digit"
+        result = "blank" if picture.remark == "blank" else f"no {what}"
         doubt = {"blank": "nothing is drawn on it", "texture": "a texture", "small": "too few pixels"}.get(
-            picture.remark, f"{len(digits)} marks, of which {len(sure)} look like digits")
+            picture.remark, f"{len(digits)} marks, of which {len(sure)} look like {what}s")
     else:
-        result = "digit" if len(digits) == 1 else "digits"
+        result = what if len(digits) == 1 else f"{what}s"
         doubt = next((digit["uncertain"] for digit in digits if digit["uncertain"]), None)
     rows = itertools.groupby(digits, key=lambda digit: digit["row"])
-    text = "/".join("".join("?" if digit["uncertain"] and len(digits) > 1 else str(digit["digit"]) for digit in row)
+    text = "/".join("".join("?" if digit["uncertain"] and len(digits) > 1 else name_of(digit) for digit in row)
                     for _, row in rows)
-    return {"size": list(picture.size), "result": result, "text": text if result.startswith("digit") else "",
+    return {"size": list(picture.size), "result": result, "text": text if result in (what, f"{what}s") else "",
             "uncertain": doubt, "digits": digits}
 
 
-def lines(path, result, each):
+def name_of(digit):
+    return str(digit["digit"] if "digit" in digit else digit["class"])
+
+
+def lines(path, result, each, traits):
     """The lines that a result is printed as: one, or one for `each` digit."""
+    what = kind(traits)
+
     def line(digit, place=""):
         best = sorted(enumerate(digit["lengths"]), key=lambda item: -item[1])[:3]
-        listing = ", ".join(f"{c} ({length:.3f})" for c, length in best)
+        listing = ", ".join(f"{traits['classes'][c]} ({length:.3f})" for c, length in best)
         doubt = f"  uncertain: {digit['uncertain']}" if digit["uncertain"] else ""
-        return f"{path}{place}: {digit['digit']}  lengths {listing}{doubt}"
+        return f"{path}{place}: {name_of(digit)}  lengths {listing}{doubt}"
 
     if result["digits"] and each:
         return [line(digit, str(digit["box"]).replace(" ", "")) for digit in result["digits"]]
-    if result["result"] == "digit":
+    if result["result"] == what:
         return [line(result["digits"][0])]
-    if result["result"] == "digits":
-        doubt = "  uncertain: ? may be no digit" if result["uncertain"] else ""
-        return [f"{path}: {result['text']}  several digits: {len(result['digits'])}{doubt}"]
+    if result["result"] == f"{what}s":
+        doubt = f"  uncertain: ? may be no {what}" if result["uncertain"] else ""
+        return [f"{path}: {result['text']}  several {what}s: {len(result['digits'])}{doubt}"]
     return [f"{path}: {result['result']}: {result['uncertain']}"]

@@ -3,28 +3,28 @@
 import numpy as np
 import torch
 
-from caps import (CLASSES, EVALUATION_BATCH, World, autocast, class_scores, lengths, move, progress, to_float,
-                  write_atomically)
-from caps.extras.figures import new_figure
+from caps import EVALUATION_BATCH, World, autocast, class_scores, lengths, move, progress, to_float
+from caps.extras.figures import new_figure, shown
+from caps.extras.runs import write_atomically
 
 DISTORTIONS = {"rotation (degrees)": range(0, 61, 10), "shift (pixels)": range(7),
                "noise (standard deviation)": (0, 0.1, 0.2, 0.3, 0.4, 0.5)}
 
 
 def distort(images, kind, level):
-    """uint8 [n, 28, 28] -> the same, rotated or shifted sideways or made noisy by `level`, a number or one each."""
+    """uint8 [n, C, H, W] -> the same, rotated or shifted sideways or made noisy by `level`, a number or one each."""
     if kind.startswith("noise"):
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
         return (images + 255 * level * noise).clamp(0, 255).round().byte()
-    column, unit = (0, np.pi / 180) if kind.startswith("rotation") else (1, 1 / 14)
+    column, unit = (0, np.pi / 180) if kind.startswith("rotation") else (1, 2 / images.shape[3])
     motion = torch.zeros(len(images), 3, device=images.device)
     motion[:, column] = level * unit
-    return move(to_float(images), motion).mul(255).round().byte().squeeze(1)
+    return move(to_float(images), motion).mul(255).round().byte()
 
 
 @torch.no_grad()
 def orientation(model, images, labels, amp):
-    """Rotate images [n, 28, 28] by angles in ±30° and fit these from what the model says of the images that it still
+    """Rotate images [n, C, H, W] by angles in ±30° and fit these from what the model says of the images that it still
     recognises: (angles [m], winning capsules [m, 16], labels [m], {kind of features: fit_angles' result})."""
     angles = 60 * torch.rand(len(images), generator=torch.Generator().manual_seed(0)) - 30
     angles, parts = angles.to(images.device), []
@@ -40,15 +40,15 @@ def orientation(model, images, labels, amp):
     features = {"16 numbers of the winning capsule": capsules,
                 "its length": np.linalg.norm(capsules, axis=1, keepdims=True),
                 f"{primary.shape[1]:,} numbers of the primary capsules": primary}
-    return angles, capsules, labels, {kind: fit_angles(x, angles, labels) for kind, x in features.items()}
+    return angles, capsules, labels, {kind: fit_angles(x, angles, labels, digits.shape[1]) for kind, x in features.items()}
 
 
-def fit_angles(features, angles, labels):
+def fit_angles(features, angles, labels, classes):
     """R² and mean error in degrees [2, J] of a ridge regression for each class from features [n, F] to angles [n],
     fitted to every other image, its penalty chosen there by leave-one-out, and scored on the rest."""
     from sklearn import linear_model, metrics, pipeline, preprocessing
-    found = np.full((2, CLASSES), np.nan)
-    for c in np.flatnonzero(np.bincount(labels, minlength=CLASSES) >= 6):
+    found = np.full((2, classes), np.nan)
+    for c in np.flatnonzero(np.bincount(labels) >= 6):
         x, y = features[labels == c].astype(np.float64), angles[labels == c]
         ridge = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.RidgeCV(np.logspace(-3, 5, 17)))
         guess = ridge.fit(x[::2], y[::2]).predict(x[1::2]).clip(-30, 30)
@@ -56,16 +56,18 @@ def fit_angles(features, angles, labels):
     return found
 
 
-def plot_orientation(results, path, digit=2, most=3):
-    """The capsule dimensions of one class that vary most with the angle; `results` maps titles to orientation's."""
+def plot_orientation(results, path, classes, most=3):
+    """The capsule dimensions of one class, the third, that vary most with the angle; `results` maps titles to
+    orientation's, `classes` to the classes' names."""
     figure, axes = new_figure(11, 3.2 * len(results), columns=most, rows=len(results))
     for row, (title, (angles, capsules, labels, _)) in enumerate(results.items()):
+        digit = min(2, len(classes[title]) - 1)
         x, values = angles[labels == digit], capsules[labels == digit]
         r = [np.corrcoef(x, dimension)[0, 1] for dimension in values.T]
         for axis, d in zip(axes[row * most:(row + 1) * most], np.argsort(-np.abs(r))):
             axis.scatter(x, values[:, d], s=9, color=f"C{row}")
             axis.set(xlabel="rotation (degrees)", ylabel=f"capsule dimension {d}")
-            axis.set_title(f"{title}, digit {digit}: r = {r[d]:.2f}", fontsize=9)
+            axis.set_title(f"{title}, class {shown(classes[title][digit])}: r = {r[d]:.2f}", fontsize=9)
     write_atomically(path, figure.savefig)
 
 

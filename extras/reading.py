@@ -4,7 +4,8 @@
     ground    paper or board under its light: a median wider than strokes, which keeps the edges of shadows
     ink       what lies outside of the ground, darker or lighter, whichever makes the stronger marks
     marks     connected ink, without frames, ruled lines, borders and dirt; what belongs together is a figure
-    framing   strokes of MNIST's width, 20×20 pixels, the centre of mass in the middle (LeCun et al., 1998)
+    framing   strokes of MNIST's width, 20×20 pixels, the centre of mass in the middle (LeCun et al., 1998); or 24×24
+              pixels, the box in the middle, as EMNIST (Cohen et al., 2017)
 
 Pixels are float32, mostly in [0, 1]; boxes are (left, top, right, bottom).
 """
@@ -27,6 +28,7 @@ TEXTURE = 4, 0.08      # of the other sign's ink to ink's own, on a wide ground 
 FAINT = 0.05           # of the strongest figure's ink, cubed: less is a shadow or the edge of a sheet
 SIDE = 80              # pixels of a figure's longer side at which its strokes are made wider or narrower
 STROKE = 2.6, 3.3      # pixels of MNIST that strokes are at least and at most made wide
+FRAMES = {"mnist": 20, "emnist": 24}  # pixels of a figure's longer side among 28
 
 
 @dataclasses.dataclass
@@ -49,8 +51,9 @@ class Picture:
     pages: int = 1
 
 
-def read_picture(path, invert=False):
-    """The figures in an image file. `invert` says that they are darker than their ground; else that is found out.
+def read_picture(path, invert=False, framing="mnist"):
+    """The figures in an image file, framed as in the set `framing` of FRAMES. `invert` says that they are darker than
+    their ground; else that is found out.
 
     Raises what Pillow raises, and ValueError for more than LARGEST pixels. A 28×28 image whose border is black, or
     white, is taken as it is, or inverted.
@@ -71,7 +74,7 @@ def read_picture(path, invert=False):
         if np.ptp(pixels) > 0.1 and (level < 0.1 and not invert or level > 0.9):
             return Picture(size, [Figure((0, 0, *size), 1 - pixels if level > 0.9 else pixels)], pages=pages)
     margin, framed = with_margin(pixels)
-    figures, remark = find(framed, (-1,) if invert else (1, -1))
+    figures, remark = find(framed, (-1,) if invert else (1, -1), framing)
     scale = max(size) / max(pixels.shape)
     for figure in figures:
         figure.box = tuple(min(max(round((side - margin) * scale), 0), end) for side, end in zip(figure.box, size * 2))
@@ -210,9 +213,9 @@ def bounds(level, shape):
     return [resized(extreme(level, 5), shape) for extreme in (ndimage.minimum_filter, ndimage.maximum_filter)]
 
 
-def find(grey, signs=(1, -1), on_sheet=False):
-    """[H, W] -> (figures, with boxes in pixels of `grey`; a remark where there are none). `signs`: of ink lighter and
-    darker than its ground. `on_sheet`: `grey` is the inside of a sheet that was found."""
+def find(grey, signs, framing, on_sheet=False):
+    """[H, W] -> (figures, with boxes in pixels of `grey`; a remark where there are none). `signs`: of ink lighter (1) and
+    darker (-1) than its ground. `on_sheet`: `grey` is the inside of a sheet that was found."""
     if min(grey.shape) < SMALLEST:
         return [], "small"
     noise = 1.05 * np.median(np.abs(grey[1:, 1:] - grey[:-1, :-1]))  # its deviation, where most of the picture is plain
@@ -248,19 +251,19 @@ def find(grey, signs=(1, -1), on_sheet=False):
     figures = []
     for parts in best.figures:
         box = np.array(best.box(parts)) / factor
-        held = inside(grey, box) if not on_sheet and best.is_sheet(parts) else []
-        figures += held or [Figure(tuple(box), *frame(*best.cut(parts)))]
+        held = inside(grey, box, framing) if not on_sheet and best.is_sheet(parts) else []
+        figures += held or [Figure(tuple(box), *frame(*best.cut(parts), framing))]
     return figures, best.remark
 
 
-def inside(grey, box):
+def inside(grey, box, framing):
     """The figures on a mark that is a sheet of paper, a label or a sign: a large rectangle with marks of its own."""
     left, top, right, bottom = (round(side) for side in box)
     rim = min(right - left, bottom - top) // 12
     if rim < 4:
         return []
     part = grey[top + rim:bottom - rim, left + rim:right - rim]
-    figures, _ = find(part, on_sheet=True)
+    figures, _ = find(part, (1, -1), framing, on_sheet=True)
     if any(extent(f.box) < 0.2 * min(part.shape) or min(f.box[2] - f.box[0], f.box[3] - f.box[1]) < 3 for f in figures):
         return []
     move = np.array([left + rim, top + rim] * 2)
@@ -439,9 +442,9 @@ def between(box, lines):
 
 # -------------------------------------------------------------------------------------------------------------- framing
 
-def frame(ink, size):
-    """A figure's ink [h, w] in [0, 1], of `size` pixels without its rim -> float32 [28, 28] as MNIST has digits, and
-    the width of its strokes as a share of `size`."""
+def frame(ink, size, framing):
+    """A figure's ink [h, w] in [0, 1], of `size` pixels without its rim -> float32 [28, 28] as MNIST has digits, or
+    EMNIST characters, and the width of its strokes as a share of `size`."""
     scale = SIDE / size
     shape = tuple(max(1, round(length * scale)) for length in ink.shape)
     ink = np.pad(resized(ink, shape, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC), SIDE // 8)
@@ -449,17 +452,18 @@ def frame(ink, size):
     depth = ndimage.distance_transform_edt(mask)
     distance = np.where(mask, depth - 0.5, 0.5 - ndimage.distance_transform_edt(~mask))  # to the edge, > 0 inside
     width = 4 * depth[mask].mean() - 1          # of a long stroke, whose pixels are width / 4 deep in the mean
-    wanted = np.clip(width, *(SIDE / 20 * pixels for pixels in STROKE))
+    wanted = np.clip(width, *(SIDE / FRAMES[framing] * pixels for pixels in STROKE))
     grown = max((wanted - width) / 2, 1.5 - depth.max())  # on each side; something is left of it
     ink = (distance + grown + 0.5).clip(0, 1).astype(np.float32)
     ink = ink[extent_of(ink > 0.3)]
-    shape = tuple(max(1, round(length * 20 / max(ink.shape))) for length in ink.shape)
+    shape = tuple(max(1, round(length * FRAMES[framing] / max(ink.shape))) for length in ink.shape)
     small = resized(ink, shape, Image.Resampling.BOX)
     image = np.zeros((28, 28), np.float32)
     place = []
     for axis, length in enumerate(small.shape):
         centre = small.sum(1 - axis) @ np.arange(length) / small.sum()
         start = min(max(round(14 - centre), 0), 28 - length)  # of all training images the mean is 14.00, counted from 0
+        start = start if framing == "mnist" else (28 - length) // 2
         place.append(slice(start, start + length))
     image[tuple(place)] = small
     return image, float(width / SIDE)

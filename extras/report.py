@@ -4,6 +4,7 @@
 """
 
 import csv
+import functools
 import json
 import pathlib
 import sys
@@ -13,19 +14,20 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from caps import (CLASSES, COLUMNS, EVALUATION_BATCH, MODELS, RECIPE, UserError, World, check_writable, class_scores,
-                  file_name, load_data, load_model, measure, number, parse, progress, read_checkpoint,
-                  write_atomically)
+from caps import (COLUMNS, EVALUATION_BATCH, LATER, MODELS, RECIPE, UserError, World, class_scores, file_name,
+                  load_data_for, load_model, measure, new_model, number, parse, progress, read_checkpoint, set_title)
 from caps.extras.claims import claims, nearness
+from caps.extras.datasets import earlier_traits
 from caps.extras.diagram import plot_diagram
-from caps.extras.figures import plot_confusion, plot_curves, plot_roc
+from caps.extras.figures import ALL, plot_confusion, plot_curves, plot_roc
 from caps.extras.machine import choose_device
 from caps.extras.probes import orientation, plot_orientation, plot_robustness, robustness
+from caps.extras.runs import check_writable, write_atomically
 from caps.extras.summary import layer_table, totals
 
 FACTS = {"train_images": int, "epochs": int, "seconds_per_epoch": float, "parameters": int, "test_accuracy": float,
-         "macro_auc": float, "device": str, "world_size": int, "peak_memory_bytes": int,
-         "confusion": lambda counts: np.reshape(counts, (CLASSES, CLASSES)).tolist()}
+         "macro_auc": float, "device": str, "world_size": int, "peak_memory_bytes": int, "traits": dict,
+         "confusion": lambda counts: np.reshape(counts, (len(counts), len(counts))).tolist()}
 
 # The defaults that several processes have others of, and so a launcher's leftovers.
 ONE_PROCESS = "--amp off --accumulate 1 --lr-scale none --warmup 0".split()
@@ -86,12 +88,14 @@ def read_run(folder):
             run.missing.append(f"{name} {damage if (run.folder / name).exists() else 'is not there'}")
     if run.facts:
         model, count, dataset = (run.facts.get(k) for k in ("model", "world_size", "dataset"))
+        traits = run.facts["traits"] = run.facts.get("traits") or earlier_traits(dataset)
+        run.classes = traits["classes"]
         processes = f"{count} process{'es' if count > 1 else ''}" if count else "unfinished"
-        run.title = f"{MODELS[model].__name__}, {processes}{'' if dataset == 'mnist' else f', {dataset}'}"
+        run.title = f"{MODELS[model].__name__}, {processes}{'' if dataset == 'mnist' else f', {set_title(dataset)}'}"
         run.full = bool(run.rows) and (dataset, run.facts.get("train_images")) == ("mnist", 60_000)
         study = vars(parse(["train", "--dataset", "mnist", *ONE_PROCESS]))  # the defaults are the study's recipe
         run.departures = [f"{k.replace('_', '-')} {run.facts[k]}" for k in RECIPE[1:] if run.facts[k] != study[k]]
-        run.network = run.model or MODELS[model](iterations=run.facts["iterations"])
+        run.network = run.model or new_model(model, run.facts["iterations"], traits)
         run.size = totals(layer_table(run.network))
         if run.rows and len(run.rows) != run.facts["epochs"]:
             run.missing.append(f"summary.json is of {run.facts['epochs']} epochs, metrics.csv of {len(run.rows)}")
@@ -104,13 +108,13 @@ def read_part(path):
         checkpoint = read_checkpoint(path)
         rows, recipe = checkpoint["history"], {k: checkpoint["config"][k] for k in RECIPE}
         reached = {"test_accuracy": row["test_accuracy"] for row in rows[-1:]}
-        return {"facts": recipe | reached | {"epochs": len(rows)}, "rows": rows,
-                "model": load_model(checkpoint, torch.device("cpu"))}
+        return {"facts": recipe | reached | {"epochs": len(rows), "traits": checkpoint["traits"]}, "rows": rows,
+                "model": load_model(checkpoint, torch.device("cpu")), "checkpoint": checkpoint}
     if path.suffix == ".csv":
         kinds = dict.fromkeys(COLUMNS, float) | {"epoch": int, "dataset": str}
         with open(path, newline="") as file:
             return {"rows": [{k: kinds[k](row[k]) for k in COLUMNS} for row in csv.DictReader(file)]}
-    facts = json.loads(path.read_text())
+    facts = {"traits": None} | LATER | json.loads(path.read_text())
     if facts["model"] not in MODELS:
         raise ValueError(f"unknown model {facts['model']}")
     known = {k: kind(facts[k]) for k, kind in FACTS.items() if facts[k] is not None}  # null: not to be had there
@@ -119,11 +123,11 @@ def read_part(path):
 
 def test_again(run, data_dir, device):
     """A run's model on its test set: (images, class scores [n, J], labels [n], `measure`'s dictionary)."""
-    data = load_data(run.facts["dataset"], data_dir, run.facts["holdout"], run.facts["seed"]).to(device)
+    data = load_data_for(run.checkpoint, None, data_dir, run.facts["holdout"]).to(device)
     run.model.to(device)
     scores = torch.cat([class_scores(run.model, part, World(0, 1, device), run.facts["amp"])
                         for part in progress(run.title, data.test_images.split(5 * EVALUATION_BATCH))])
-    result = measure(scores, data.test_labels)
+    result = measure(scores, data.test_labels) | {"classes": run.classes}
     if abs(result["test_accuracy"] - run.facts.get("test_accuracy", result["test_accuracy"])) > 0.002:
         run.missing.append(f"last.pt has a test accuracy of {100 * result['test_accuracy']:.2f} %, not the run's")
     return data.test_images, scores, data.test_labels, result
@@ -144,11 +148,12 @@ def write_page(out, records, tested, turned, distorted, images):
 
     runs = [run for run in records if run.facts]
     fits = {title: fits for title, (_, _, _, fits) in turned.items()}
+    classes = {run.title: run.classes for run in runs}
     tables = [f"**{title}**\n\n" + markdown([
         {"angle fitted from": kind, "R²": f"**{np.nanmean(r2):.2f}**", "mean error": f"{np.nanmean(error):.1f}°"}
-        | {f"R² of {c}": f"{r2[c]:.2f}" for c in range(CLASSES)} for kind, (r2, error) in fit.items()])
-        for title, fit in fits.items()]
-    networks = {run.facts["model"]: run.network for run in sorted(runs, key=nearness)}
+        | {f"R² of {name}": f"{r2[c]:.2f}" for c, name in enumerate(classes[title]) if len(r2) <= ALL}
+        for kind, (r2, error) in fit.items()]) for title, fit in fits.items()]
+    networks = {run.facts["model"]: run for run in sorted(runs, key=nearness)}
     parts = [
         "# AlexCapsNet and ResCapsNet, claim by claim",
         "Written by `caps.py report` from the files of finished runs. Accuracies are those after the last epoch; "
@@ -160,11 +165,13 @@ def write_page(out, records, tested, turned, distorted, images):
         "the one nearest to the study's recipe.",
         section("## Accuracy and loss", "curves", plot_curves, {run.title: run.rows for run in runs if run.rows}),
         section("## Confusion matrices", "confusion", plot_confusion,
-                {run.title: run.facts for run in runs if "confusion" in run.facts}),
+                {run.title: run.facts | {"classes": run.classes} for run in runs if "confusion" in run.facts}),
         section("## ROC, one class against the rest", "roc", plot_roc, {t: tested[t][1:] for t in tested}),
-        "## Architectures", *(section(f"### {MODELS[model].__name__}", f"diagram-{model}", plot_diagram, network)
-                              for model, network in networks.items()),
-        section("## Do capsules preserve orientation?", "orientation", plot_orientation, turned,
+        "## Architectures", *(section(f"### {MODELS[model].__name__}", f"diagram-{model}",
+                                      functools.partial(plot_diagram, traits=run.facts["traits"]), run.network)
+                              for model, run in networks.items()),
+        section("## Do capsules preserve orientation?", "orientation",
+                functools.partial(plot_orientation, classes=classes), turned,
                 "Every test image is rotated by a random angle in ±30°. For each class a ridge regression is fitted to "
                 "every other image of those that are still recognised, its penalty chosen there, and scored on the "
                 "rest, its answers cut to ±30°. Guessing 0° has an R² of 0 and a mean error of 15°. Two of these "

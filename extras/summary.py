@@ -5,18 +5,31 @@ import functools
 import torch
 import torch.nn as nn
 
-from caps import MODELS, CapsuleLayer
+from caps import CapsuleLayer, UserError, extra, load_model, new_model, read_checkpoint
 
 
 def options(add):
     add("--model")
     add("--iterations")
+    add("--checkpoint", required=False, help="the network of a run, in the place of --model's for MNIST")
+
+
+def described(args):
+    """(the network that options name, its name in MODELS, the traits of its data set)."""
+    if not args.checkpoint:
+        traits = extra("datasets").earlier_traits("mnist")
+        return new_model(args.model, args.iterations, traits), args.model, traits
+    if told := {"model", "iterations"} & args.given:
+        raise UserError(f"--{min(told)}: the checkpoint tells it; leave one of them out")
+    checkpoint = read_checkpoint(args.checkpoint)
+    return load_model(checkpoint, torch.device("cpu")), checkpoint["config"]["model"], checkpoint["traits"]
 
 
 def run(args):
     """The layer table of a model, with totals."""
-    rows = layer_table(MODELS[args.model](iterations=args.iterations))
-    print(f"{MODELS[args.model].__name__}, for one image [1, 28, 28]\n")
+    model, _, traits = described(args)
+    rows = layer_table(model)
+    print(f"{type(model).__name__}, for one image {traits['image']} and {len(traits['classes'])} classes\n")
     print(f"{'layer':<20}{'kind':<18}{'output':<16}{'parameters':>12}{'multiply-adds':>16}")
     for name, kind, shape, parameters, multiply_adds in rows:
         print(f"{name:<20}{kind:<18}{'×'.join(map(str, shape)):<16}{parameters:>12,}{multiply_adds:>16,}")
@@ -46,7 +59,7 @@ def layer_table(model):
     hooks = [module.register_forward_hook(functools.partial(record, name)) for name, module in model.named_modules()
              if not list(module.children())]
     with torch.no_grad():
-        model.eval()(torch.zeros(1, 1, 28, 28, device=next(model.parameters()).device))
+        model.eval()(torch.zeros(1, *model.image, device=next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
     return rows

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pictures import KINDS, NOTHING, grey
 
 import caps
-from caps.extras import predict, reading
+from caps.extras import datasets, predict, reading
 
 
 @functools.cache
@@ -20,7 +20,7 @@ def network(checkpoint):
     config = content["config"]
     data = caps.load_data(config["dataset"], os.environ.get("CAPS_DATA"), config["holdout"], config["seed"])
     model = caps.load_model(content, torch.device("cpu")).eval()
-    return model, data.test_images.numpy() / np.float32(255), data.test_labels
+    return model, data.test_images[:, 0].numpy() / np.float32(255), data.test_labels
 
 
 def saved(image):
@@ -31,7 +31,8 @@ def saved(image):
 
 def judged(model, file):
     picture = reading.read_picture(file)
-    return predict.judge(picture, list(predict.classify(model, [figure.image for figure in picture.figures])))
+    lengths = list(predict.classify(model, [figure.image for figure in picture.figures]))
+    return predict.judge(picture, lengths, datasets.earlier_traits("mnist"))
 
 
 def ends(digit):

@@ -44,7 +44,7 @@ def small(tmp_path_factory, embedded):
     for split, images, labels, count in (("train", embedded.train_images, embedded.train_labels, 320),
                                          ("t10k", embedded.test_images, embedded.test_labels, 100)):
         chosen = torch.arange(0, len(images), len(images) // count)[:count]
-        for name, array in zip(FILES[split], (images[chosen], labels[chosen])):
+        for name, array in zip(FILES[split], (images[chosen, 0], labels[chosen])):
             write_idx(raw / name, array.numpy())
     return folder
 

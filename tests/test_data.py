@@ -26,7 +26,7 @@ def test_gzipped_and_raw_files_read_alike(small, tmp_path):
         path.unlink()
     raw, zipped = (caps.load_data("mnist", folder) for folder in (small, tmp_path / "gz"))
     assert torch.equal(raw.train_images, zipped.train_images) and torch.equal(raw.test_labels, zipped.test_labels)
-    assert raw.train_images.shape == (320, 28, 28)
+    assert raw.train_images.shape == (320, 1, 28, 28)
 
 
 def test_holdout_takes_the_place_of_the_test_set(small):
@@ -42,7 +42,7 @@ def test_holdout_takes_the_place_of_the_test_set(small):
 
 def test_holdout_of_uneven_classes():
     labels = torch.tensor([3] * 70 + [5] * 20 + [7] * 9 + [9])
-    data = caps.Data("own", "", torch.arange(100).byte(), labels, torch.zeros(1), torch.zeros(1))
+    data = caps.Data("own", "", torch.arange(100).byte(), labels, torch.zeros(1), torch.zeros(1), {})
     for count, shares in ((10, {3: 7, 5: 2, 7: 1}), (96, {3: 69, 5: 19, 7: 8})):
         held = caps.hold_out(data, count, seed=4)
         assert dict(zip(*(t.tolist() for t in held.test_labels.unique(return_counts=True)))) == shares
@@ -123,4 +123,4 @@ def test_only_auto_falls_back(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.environ.get("CAPS_DATA"), reason="CAPS_DATA does not name the full MNIST set")
 def test_the_full_set():
     data = caps.load_data("auto", os.environ["CAPS_DATA"])
-    assert data.name == "mnist" and data.train_images.shape == (60_000, 28, 28) and len(data.test_labels) == 10_000
+    assert data.name == "mnist" and data.train_images.shape == (60_000, 1, 28, 28) and len(data.test_labels) == 10_000

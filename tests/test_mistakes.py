@@ -47,7 +47,7 @@ def few(embedded):
         for split, images, labels, each in (("train", embedded.train_images, embedded.train_labels, train),
                                             ("t10k", embedded.test_images, embedded.test_labels, test)):
             chosen = torch.cat([(labels == c).nonzero()[:each, 0] for c in range(10)])
-            for name, array in zip(FILES[split], (images[chosen], labels[chosen])):
+            for name, array in zip(FILES[split], (images[chosen, 0], labels[chosen])):
                 write_idx(folder / names(name), array.numpy())
         return folder
     return write

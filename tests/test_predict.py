@@ -16,7 +16,7 @@ def test_predict(trained, embedded, tmp_path):
                                embedded.test_images, caps.World(0, 1, torch.device("cpu")))
     sure = scores.argmax(0)  # the image with the longest capsule of each class
     for digit in (0, 1):
-        picture = Image.fromarray(embedded.test_images[sure[digit]].numpy())
+        picture = Image.fromarray(embedded.test_images[sure[digit], 0].numpy())
         picture.save(folder / f"{digit}.png")
         Image.fromarray(255 - np.asarray(picture)).resize((200, 200)).save(folder / f"{digit}-inverted.jpg")
     (folder / "broken.png").write_bytes(b"no image")
@@ -32,7 +32,7 @@ def test_predict(trained, embedded, tmp_path):
 
 
 def test_predict_explains(trained, embedded, tmp_path):
-    Image.fromarray(embedded.test_images[0].numpy()).save(tmp_path / "digit.png")
+    Image.fromarray(embedded.test_images[0, 0].numpy()).save(tmp_path / "digit.png")
     result = command("predict", "--checkpoint", trained / "last.pt", "digit.png", "--explain", "why", cwd=tmp_path)
     assert result.returncode == 0 and Image.open(tmp_path / "why/digit.png-routing.png").size[0] > 800, result.stderr
     votes, trace = torch.randn(2, 30, 5, 4, dtype=torch.float64), []
@@ -46,7 +46,7 @@ def test_predict_explains(trained, embedded, tmp_path):
 
 def test_boxes_and_json_and_what_was_seen(trained, embedded, tmp_path):
     for number in (0, 1):
-        Image.fromarray(255 - embedded.test_images[number].numpy()).resize((90, 90)).save(tmp_path / f"{number}.png")
+        Image.fromarray(255 - embedded.test_images[number, 0].numpy()).resize((90, 90)).save(tmp_path / f"{number}.png")
     row = Image.new("L", (300, 120), 255)
     for number in (0, 1):
         row.paste(Image.open(tmp_path / f"{number}.png"), (20 + 130 * number, 15))
@@ -72,9 +72,9 @@ def test_what_cannot_be_read_is_a_line_and_the_rest_goes_on(trained, embedded, t
     Image.new("1", (12000, 11000)).save(tmp_path / "b.png")
     Image.new("L", (1, 1)).save(tmp_path / "c.png")
     whole = tmp_path / "whole.jpg"
-    Image.fromarray(embedded.test_images[0].numpy()).resize((300, 300)).save(whole)
+    Image.fromarray(embedded.test_images[0, 0].numpy()).resize((300, 300)).save(whole)
     (tmp_path / "d.jpg").write_bytes(whole.read_bytes()[:2000])
-    pages = [Image.fromarray(embedded.test_images[i].numpy()).resize((80, 80)) for i in (0, 1)]
+    pages = [Image.fromarray(embedded.test_images[i, 0].numpy()).resize((80, 80)) for i in (0, 1)]
     pages[0].save(tmp_path / "e.tif", save_all=True, append_images=pages[1:])
     result = command("predict", "--checkpoint", trained / "last.pt", tmp_path, cwd=tmp_path)
     errors = [line for line in result.stderr.splitlines() if "native backend" not in line]
@@ -89,7 +89,7 @@ def test_names_of_drawings(trained, embedded, tmp_path):
     """No name of a file breaks its title, and no two files' drawings are one."""
     (tmp_path / "a").mkdir()
     for name in ("a/x.png", "a_x.png", "c$b^^{$.png"):
-        Image.fromarray(embedded.test_images[0].numpy()).save(tmp_path / name)
+        Image.fromarray(embedded.test_images[0, 0].numpy()).save(tmp_path / name)
     result = command("predict", "--checkpoint", trained / "last.pt", "a/x.png", "a_x.png", "c$b^^{$.png", "--show", "seen",
                      cwd=tmp_path)
     assert result.returncode == 0, result.stderr

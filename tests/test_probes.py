@@ -12,11 +12,11 @@ def test_distortions(embedded):
     for kind in probes.DISTORTIONS:
         assert torch.equal(probes.distort(images, kind, 0), images)
     shifted = probes.distort(images, "shift", 2)
-    assert torch.equal(shifted[:, :, :-2], images[:, :, 2:]) and not shifted[:, :, -2:].any()
-    assert torch.equal(probes.distort(images, "rotation", 90), images.rot90(1, (1, 2)))
+    assert torch.equal(shifted[..., :-2], images[..., 2:]) and not shifted[..., -2:].any()
+    assert torch.equal(probes.distort(images, "rotation", 90), images.rot90(1, (2, 3)))
     each = probes.distort(images[:2], "rotation", torch.tensor([0.0, 90.0]))
-    assert torch.equal(each[0], images[0]) and torch.equal(each[1], images[1].rot90())
-    grey = torch.full((50, 28, 28), 127, dtype=torch.uint8)
+    assert torch.equal(each[0], images[0]) and torch.equal(each[1], images[1].rot90(1, (1, 2)))
+    grey = torch.full((50, 1, 28, 28), 127, dtype=torch.uint8)
     assert probes.distort(grey, "noise", 0.1).float().std().item() == pytest.approx(25.5, rel=0.02)
 
 
@@ -33,10 +33,10 @@ def test_robustness_starts_at_the_plain_accuracy(trained, embedded):
 def test_angles_are_fitted_and_scored_on_different_images():
     angles, labels = np.random.default_rng(0).uniform(-30, 30, 400), np.repeat([0, 3], 200)
     told = np.stack([angles * (labels == 0), np.ones(400)], 1)  # of the class 0 alone
-    r2, error = probes.fit_angles(told, angles, labels)
+    r2, error = probes.fit_angles(told, angles, labels, 10)
     assert r2[0] > 0.999 and error[0] < 0.5 and abs(r2[3]) < 0.05 and 13 < error[3] < 17
     assert np.isnan(r2[[1, 2, 4, 5, 6, 7, 8, 9]]).all()
-    by_heart = probes.fit_angles(np.eye(400), angles, labels)[0]  # tells each fitted image, and none of the others
+    by_heart = probes.fit_angles(np.eye(400), angles, labels, 10)[0]  # tells each fitted image, and none of the others
     assert by_heart[0] < 0.05 and by_heart[3] < 0.05
 
 
@@ -64,7 +64,8 @@ def test_each_model_has_its_own_row_of_orientation(tmp_path, monkeypatch):
     angles, capsules = np.linspace(-30, 30, 20), np.random.default_rng(0).normal(size=(20, 16))
     for factor, dimension in ((3.0, 5), (-2.0, 7)):
         capsules[:, dimension] += factor * angles / 30
-    probes.plot_orientation({name: (angles, capsules, np.full(20, 2), {}) for name in "ab"}, tmp_path / "x.png")
+    results = {name: (angles, capsules, np.full(20, 2), {}) for name in "ab"}
+    probes.plot_orientation(results, tmp_path / "x.png", dict.fromkeys("ab", list("0123456789")))
     axes = drawn[0][1]
     assert len(axes) == 6 and all(len(axis.collections) == 1 for axis in axes)
     assert [axis.get_title()[0] for axis in axes] == list("aaabbb") and axes[3].get_ylabel().endswith(" 5")
@@ -72,8 +73,8 @@ def test_each_model_has_its_own_row_of_orientation(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("deaf", [False, True])
 def test_orientation_of_a_bar(deaf):
-    images = torch.zeros(80, 28, 28, dtype=torch.uint8)
-    images[:, 4:24, 13:15] = 255
+    images = torch.zeros(80, 1, 28, 28, dtype=torch.uint8)
+    images[..., 4:24, 13:15] = 255
     labels = torch.arange(80) // 60  # the last 20 are not recognised, and left out
     angles, capsules, kept, fits = probes.orientation(Toy(deaf), images, labels, "off")
     assert len(angles) == len(capsules) == 60 and not kept.any() and abs(angles).max() <= 30 and angles.std() > 12

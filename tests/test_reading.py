@@ -7,14 +7,16 @@ from PIL import Image, ImageDraw
 from pictures import KINDS, NOTHING, grey, place
 
 import caps
-from caps.extras import predict, reading
+from caps.extras import datasets, predict, reading
+
+MNIST = datasets.earlier_traits("mnist")
 
 
 @pytest.fixture(scope="module")
 def digits(trained, embedded):
     """A network, and 20 images with their classes that it has right and is surest of, two a class."""
     model = caps.load_model(caps.read_checkpoint(trained / "last.pt"), torch.device("cpu")).eval()
-    images = embedded.test_images.numpy() / np.float32(255)
+    images = embedded.test_images[:, 0].numpy() / np.float32(255)
     scores = torch.stack(list(predict.classify(model, list(images))))
     chosen = scores[range(len(scores)), embedded.test_labels].view(-1).sort(descending=True).indices
     chosen = [i for c in range(10) for i in chosen[embedded.test_labels[chosen] == c][:2].tolist()]
@@ -76,12 +78,12 @@ def test_every_mode_at_several_depths(mode, bits, dark, digits):
 
 
 def test_a_28_pixel_image_is_taken_as_it_is(embedded):
-    for image in embedded.test_images[::50]:
-        exact = caps.to_float(image[None])[0, 0].numpy()
+    for image in embedded.test_images[::50, 0]:
+        exact = caps.to_float(image).numpy()
         for dark in (False, True):
             picture = reading.read_picture(saved(Image.fromarray(255 - image.numpy() if dark else image.numpy())))
             np.testing.assert_allclose(picture.figures[0].image, exact, rtol=0, atol=1e-6 * dark)
-    again = reading.read_picture(saved(Image.fromarray(embedded.test_images[0].numpy()).convert("RGB")))
+    again = reading.read_picture(saved(Image.fromarray(embedded.test_images[0, 0].numpy()).convert("RGB")))
     np.testing.assert_allclose(again.figures[0].image, caps.to_float(embedded.test_images[:1])[0, 0].numpy(), atol=1e-6)
 
 
@@ -162,12 +164,12 @@ def test_what_is_doubted(longest, second, stroke, doubt):
     scores = torch.full((10,), 0.05)
     scores[3], scores[8] = longest, second
     figure = reading.Figure((10, 10, 40, 50), np.zeros((28, 28), np.float32), stroke)
-    result = predict.judge(reading.Picture((60, 60), [figure]), [scores])
+    result = predict.judge(reading.Picture((60, 60), [figure]), [scores], MNIST)
     assert result["result"] == "digit" and result["text"] == "3"
     assert result["uncertain"] is None if doubt is None else doubt in result["uncertain"]
     sure = torch.full((10,), 0.05).index_fill(0, torch.tensor(7), 0.9)
     other = reading.Figure((70, 10, 90, 50), figure.image, 0.1)
-    both = predict.judge(reading.Picture((99, 60), [figure, other]), [scores, sure])
+    both = predict.judge(reading.Picture((99, 60), [figure, other]), [scores, sure], MNIST)
     assert (both["result"], both["text"]) == ("digits", "?7" if doubt else "37")
 
 

@@ -9,7 +9,7 @@ from common import command, no_download, refused
 from PIL import Image
 
 import caps
-from caps.extras import claims, probes, report, results
+from caps.extras import claims, probes, report, results, runs
 
 
 def hand_made(folder, model="alexcaps", accuracies=(0.95, 0.97), losses=None, **changes):
@@ -18,7 +18,7 @@ def hand_made(folder, model="alexcaps", accuracies=(0.95, 0.97), losses=None, **
     losses = losses or [0.1 * 0.9 ** epoch for epoch in range(len(accuracies))]
     rows = [dict(zip(caps.COLUMNS, (epoch, loss, accuracy, loss, accuracy, 1e-3, 100.0, 600.0, "mnist")))
             for epoch, (loss, accuracy) in enumerate(zip(losses, accuracies), 1)]
-    caps.write_metrics(folder / "metrics.csv", rows)
+    runs.write_metrics(folder / "metrics.csv", rows)
     recipe = vars(caps.parse(["train"]))
     results.write_json(folder / "summary.json", {k: recipe[k] for k in caps.RECIPE} | {
         "model": model, "dataset": "mnist", "train_images": 60_000, "epochs": len(rows), "parameters": 2_683_840,

@@ -14,6 +14,7 @@ from common import CAPS, command, refused, start
 from PIL import Image
 
 import caps
+from caps.extras import runs
 
 
 def test_64_images_are_learnt_by_heart(embedded):
@@ -124,11 +125,11 @@ def test_moments_of_another_memory_order_are_resumed(small, tmp_path):
 
 def test_resume_finds_the_newest_run_in_a_new_job(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("CAPS_JOB", "new")
-    monkeypatch.setattr(caps, "JOB", "new")
-    assert caps.find_resume(caps.parse(["train", "--resume", "--out", str(trained)])) == str(trained / "last.pt")
-    assert caps.find_resume(caps.parse(["train", "--out", str(trained)])) is None
-    monkeypatch.setattr(caps, "JOB", caps.read_checkpoint(trained / "last.pt")["job"])
-    assert caps.find_resume(caps.parse(["train", "--out", str(trained)])) == str(trained / "last.pt")
+    monkeypatch.setattr(runs, "JOB", "new")
+    assert runs.find_resume(caps.parse(["train", "--resume", "--out", str(trained)])) == str(trained / "last.pt")
+    assert runs.find_resume(caps.parse(["train", "--out", str(trained)])) is None
+    monkeypatch.setattr(runs, "JOB", caps.read_checkpoint(trained / "last.pt")["job"])
+    assert runs.find_resume(caps.parse(["train", "--out", str(trained)])) == str(trained / "last.pt")
 
 
 def test_a_run_is_never_overwritten(small, tmp_path):
