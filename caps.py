@@ -124,12 +124,13 @@ def lengths(capsules):
 
 
 class CapsuleLayer(nn.Module):
-    """Capsules [B, in_capsules, in_dim] -> [B, out_capsules, out_dim] by capsule_linear; weight [N, J, D, K]."""
+    """Capsules [B, in_capsules, in_dim] -> [B, out_capsules, out_dim] by capsule_linear; weight [N, J, D, K], at first
+    normally distributed with `deviation`."""
 
-    def __init__(self, in_capsules, in_dim, out_capsules, out_dim, iterations=3):
+    def __init__(self, in_capsules, in_dim, out_capsules, out_dim, iterations=3, deviation=0.1):
         super().__init__()
         self.iterations = iterations
-        self.weight = nn.Parameter(0.1 * torch.randn(in_capsules, out_capsules, out_dim, in_dim))
+        self.weight = nn.Parameter(deviation * torch.randn(in_capsules, out_capsules, out_dim, in_dim))
 
     def forward(self, inputs):
         return capsule_linear(inputs, self.weight, self.iterations)
@@ -338,6 +339,7 @@ class AlexCapsNet(CapsNet):
             raise ValueError(f"images of {sides[0]}×{sides[1]} pixels are too small, expected at least 15×15")
         if not len(mean) == len(deviation) == channels:
             raise ValueError(f"mean {mean} and deviation {deviation}, expected a number for each of {channels} channels")
+        capsules = 32 * grid[0] * grid[1]
         super().__init__(
             image,
             nn.Sequential(
@@ -350,7 +352,8 @@ class AlexCapsNet(CapsNet):
                 SmallMapConv2d(256, 32 * 8, 1),
             ),
             PrimaryCapsules(32, 8),
-            CapsuleLayer(32 * grid[0] * grid[1], 8, num_classes, 16, iterations),
+            CapsuleLayer(capsules, 8, num_classes, 16, iterations,
+                         deviation=0.1 * (128 / capsules) ** 0.5),  # sums of votes as long on any grid as on 2×2
         )
 
 
@@ -933,6 +936,7 @@ def read_checkpoint(path):
             raise ValueError(f"of an unknown model, {config['model']}")
         if "traits" not in checkpoint:
             checkpoint["traits"] = extra("datasets").earlier_traits(config["dataset"])
+        new_model(config["model"], config["iterations"], checkpoint["traits"])
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch.load raises whatever a foreign file leads it to

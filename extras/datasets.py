@@ -218,13 +218,18 @@ def load_named(name, data_dir, chosen, size, channels):
     if (len(train[0]), len(test[0])) == (10_000, 60_000):  # small training sets are nothing to refuse
         raise UserError(f"{folder}: the training files hold 10,000 images and the t10k files 60,000: they are "
                         "exchanged, expected the 60,000 under train-")
-    classes = classes[0] if classes else about.classes
-    for (images, labels), path in ((train, paths[1]), (test, paths[-1])):
-        labels -= about.first
-        if labels.min() < 0 or labels.max() >= len(classes):
-            odd = next(label for label in labels.tolist() if not 0 <= label < len(classes)) + about.first
-            raise UserError(f"{path}: expected labels from {about.first} to {about.first + len(classes) - 1}, found {odd}")
-    return assemble(name, train, test, classes, about.framing, size, channels)
+    about = about._replace(classes=classes[0]) if classes else about
+    return assemble(name, *(labelled(*split, about, path) for split, path in ((train, paths[1]), (test, paths[-1]))),
+                    about.classes, about.framing, size, channels)
+
+
+def labelled(images, labels, about, path):
+    """Images and labels from 0 on; UserError where the file `path` has others than those of the set."""
+    last = about.first + len(about.classes) - 1
+    if labels.min() < about.first or labels.max() > last:
+        odd = labels.min() if labels.min() < about.first else labels.max()
+        raise UserError(f"{path}: expected labels from {about.first} to {last}, found {odd}")
+    return images, labels - about.first
 
 
 def lacking(name, files):
@@ -327,6 +332,8 @@ def reading_errors(path):
             yield
         except UserError:
             raise
+        except MemoryError as error:
+            raise UserError(f"{path}: does not fit into this machine's memory ({first_line(error)})") from error
         except Exception as error:  # libraries raise a dozen kinds upon a damaged file
             raise UserError(f"{path}: is damaged, or not such a file ({first_line(error)[:120]})") from error
     return guard()
@@ -363,12 +370,16 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
+def text(value):
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
 def read_cifar(paths):
     """CIFAR-10 or CIFAR-100, 32×32 pixels with colours, and the names of its classes."""
     content = []
     for path in paths:
         with reading_errors(path), open(path, "rb") as file:
-            content.append({str(key): value for key, value in PlainUnpickler(file, encoding="latin1").load().items()})
+            content.append({text(key): value for key, value in PlainUnpickler(file, encoding="latin1").load().items()})
     *parts, meta = content
 
     def join(parts, paths):
@@ -380,7 +391,7 @@ def read_cifar(paths):
         return np.concatenate(images), np.concatenate(labels)
 
     with reading_errors(paths[-1]):
-        classes = list(meta["fine_label_names" if "fine_label_names" in meta else "label_names"])
+        classes = [text(name) for name in meta["fine_label_names" if "fine_label_names" in meta else "label_names"]]
     return join(parts[:-1], paths), join(parts[-1:], paths[-2:]), classes
 
 
@@ -405,8 +416,13 @@ def read_own(path, size, channels):
         train, test = read_npz(path, say)
     elif not os.path.isdir(path):
         raise UserError(f"--dataset {path}: no such folder or file; name the place where it is now by --dataset")
-    elif sets := find_own_idx(path):
-        train, test = [(images, [str(label) for label in labels.tolist()]) for images, labels in read_idx_sets(sets)]
+    elif found := find_own_idx(path):
+        paths, about = found
+        train, test = read_idx_sets(paths)
+        if about:  # the files of a set with a name
+            train, test = labelled(*train, about, paths[1]), labelled(*test, about, paths[3])
+            return assemble(path, train, test, about.classes, about.framing, size, channels)
+        train, test = [(images, [str(label) for label in labels.tolist()]) for images, labels in (train, test)]
     elif found := read_folder(path, size, channels, say):
         train, test = found
     else:
@@ -416,8 +432,9 @@ def read_own(path, size, channels):
 
 
 def find_own_idx(folder):
-    """The four IDX files in a folder, or in raw/ below it, whatever precedes `train` and `t10k` or `test` in their
-    names; None where there is none. UserError where some are missing, or there are several sets."""
+    """(the four IDX files in a folder, or in raw/ below it, whatever precedes `train` and `t10k` or `test` in their names;
+    what is known of the set by that name); None where there is none. UserError where some are missing, or there are
+    several sets."""
     sets = collections.defaultdict(dict)
     for path in sorted([*pathlib.Path(folder).iterdir(), *pathlib.Path(folder).glob("raw/*")], reverse=True):
         if part := re.fullmatch(r"(.*?)(train|t10k)(images|labels)(idx\d?)?(ubyte|int)?", plain(path.name)):
@@ -429,12 +446,12 @@ def find_own_idx(folder):
     if len(sets) > 1:
         raise UserError(f"--dataset {folder}: holds the IDX files of {len(sets)} sets ({listing(sorted(sets))}); put one "
                         "into a folder of its own")
-    [files] = sets.values()
+    [(name, files)] = sets.items()
     wanted = [split + part for split in ("train", "t10k") for part in ("images", "labels")]
     if missing := [part for part in wanted if part not in files]:
         raise UserError(f"--dataset {folder}: holds {next(iter(files.values())).name}, but no file "
                         f"{missing[0].replace('images', '-images').replace('labels', '-labels')}…; add it")
-    return [files[part] for part in wanted]
+    return [files[part] for part in wanted], {plain(key): about for key, about in NAMED.items()}.get(name)
 
 
 def read_npz(path, say):
@@ -497,7 +514,7 @@ def names_of(labels, what):
         raise UserError(f"{what} holds numbers that are not whole: a regression, no classes")
     if labels.dtype.kind in "biuf":
         labels = labels.astype(np.int64)
-    names = [label.decode(errors="replace") if isinstance(label, bytes) else str(label) for label in labels.tolist()]
+    names = [text(label) for label in labels.tolist()]
     if (count := len(set(names))) > MOST_CLASSES:
         raise UserError(f"{what} holds {count:,} different labels for {len(names):,} images: a regression? Expected at most "
                         f"{MOST_CLASSES:,} classes")

@@ -81,13 +81,15 @@ def plot_roc(results, path):
     figure, axes = new_figure(10, 4.6 * len(results), columns=2, rows=len(results))
     for row, (title, (scores, labels, result)) in enumerate(results.items()):
         whole, corner = axes[2 * row:2 * row + 2]
+        low = 0.9  # of the enlarged corner, where every curve shall be seen
         for name, false_positive, true_positive, auc, style in roc_curves(scores.cpu(), labels.cpu(), result):
+            low = min(low, np.interp(0.05, false_positive, true_positive))
             for axis in (whole, corner):
                 axis.plot(false_positive, true_positive, label=f"{name}: AUC {auc:.5f}", **style)
         for axis in (whole, corner):
             axis.set(xlabel="false positive rate", ylabel="true positive rate")
         whole.set_title(f"{title}\neach class against the rest")
-        corner.set(xlim=(-0.001, 0.05), ylim=(0.9, 1.003), title="the upper left corner")
+        corner.set(xlim=(-0.001, 0.05), ylim=(low, 1.003 + 0.03 * (0.9 - low)), title="the upper left corner")
         if whole.lines:
             whole.legend(fontsize=8, loc="lower right")
     write_atomically(path, figure.savefig)

@@ -62,7 +62,7 @@ def run(args):
                     results.append(None)
                     continue
                 result = judge(picture, list(itertools.islice(scores, len(picture.figures))), traits)
-                results.append({"file": str(path), **result})
+                results.append({"file": str(path), **named(result, traits)})
                 if not args.json:
                     bar.write("\n".join(lines(path, result, args.digits, traits)))
                 draw(len(results) - 1, picture, result)
@@ -158,9 +158,9 @@ def doubts(lengths, traits):
 
 
 def judge(picture, scores, traits):
-    """What a picture shows, by its figures' capsule lengths [J], as the object that --json prints: `result` is "digit",
-    "digits", "no digit" or "blank" ("character" for other characters, "class" for a picture taken whole), `text` the
-    digits with / between rows, `uncertain` a reason or null."""
+    """What a picture shows, by its figures' capsule lengths [J], as the object that --json prints but for `named`:
+    `result` is "digit", "digits", "no digit" or "blank" ("character" for other characters, "class" for a picture taken
+    whole), `text` the digits with / between rows, `uncertain` a reason or null."""
     what, names, digits = kind(traits), traits["classes"], []
     for figure, score in zip(picture.figures, scores):
         first = score.argmax().item()
@@ -184,10 +184,22 @@ def judge(picture, scores, traits):
         result = what if len(digits) == 1 else f"{what}s"
         doubt = next((digit["uncertain"] for digit in digits if digit["uncertain"]), None)
     rows = itertools.groupby(digits, key=lambda digit: digit["row"])
-    text = "/".join("".join("?" if digit["uncertain"] and len(digits) > 1 else name_of(digit) for digit in row)
+    between = "" if max(map(len, names)) == 1 else " "
+    text = "/".join(between.join("?" if digit["uncertain"] and len(digits) > 1 else name_of(digit) for digit in row)
                     for _, row in rows)
     return {"size": list(picture.size), "result": result, "text": text if result in (what, f"{what}s") else "",
             "uncertain": doubt, "digits": digits}
+
+
+def named(result, traits):
+    """A result as --json prints it: of other classes than digits with lengths by name, of a picture taken whole without
+    the list of one figure."""
+    what = kind(traits)
+    if what == "digit":
+        return result
+    figures = [figure | {"lengths": dict(zip(traits["classes"], figure["lengths"]))} for figure in result["digits"]]
+    facts = {key: value for key, value in result.items() if key != "digits"}
+    return facts | ({"lengths": figures[0]["lengths"]} if what == "class" else {"characters": figures})
 
 
 def name_of(digit):
