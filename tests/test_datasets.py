@@ -170,7 +170,7 @@ def test_what_is_odd_in_a_folder_is_said(tmp_path, capsys):
     data = caps.load_data(str(root))
     said = capsys.readouterr().out.splitlines()
     for words in (("1 folders left out", "extra"), ("1 files outside", "train/readme.md"),
-                  ("2 of 44 files cannot be read", "train/0/notes.txt", "train/1/cut.png"), ("no images in", "train/7"),
+                  ("2 of 44 files cannot be read", "train/0/notes.txt", "train/1/cut.png"), ("1 folders without images", "train/7"),
                   ("1 of 4 classes", "test images alone", "3 (3)")):
         assert sum(all(word in line for word in words) for line in said) == 1, (words, said)
     assert len(said) == 5 and data.traits["classes"] == ["0", "1", "2", "3"] and len(data.train_images) == 30
