@@ -103,9 +103,14 @@ def subfolders(folder):
 
 
 def files_below(folder):
-    """All files in a folder and those in it, but for hidden ones."""
-    return sorted(pathlib.Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
-                  for name in names if not name.startswith("."))
+    """All files in a folder and those in it, but for hidden ones; each once, wherever links lead."""
+    found, been = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        again = os.path.realpath(place) in been
+        been.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if not name.startswith(".") and not again]
+        found += [pathlib.Path(place, name) for name in names if not name.startswith(".") and not again]
+    return sorted(found)
 
 
 def find_splits(root, say):
@@ -130,8 +135,9 @@ def read_files(root, paths, size, channels, say):
     """(images uint8 [m, H, W] or [m, H, W, 3], which m of the paths they are). Kept in `root` where it took long."""
     key = hashlib.sha256(repr((size, channels, LARGEST_SIDE)).encode())
     for path in paths:
-        about = path.stat()
-        key.update(f"{path.relative_to(root)}\0{about.st_size}\0{about.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        about = path.stat() if path.exists() else None  # a link to nowhere
+        facts = about and (about.st_size, about.st_mtime_ns)
+        key.update(f"{path.relative_to(root)}\0{facts}\0".encode(errors="surrogateescape"))
     try:
         with np.load(root / CACHE) as cache:
             if cache["key"] == key.hexdigest():

@@ -56,3 +56,19 @@ def trained(tmp_path_factory):
     result = command("--model", "alexcaps", "--epochs", 2, "--dataset", "mnist5k", cwd=cwd)
     assert result.returncode == 0, result.stderr
     return cwd / "runs" / "alexcaps-mnist5k"
+
+
+@pytest.fixture
+def main(capsys, monkeypatch, tmp_path):
+    """main(*words): the command line in this process and an empty folder, its status and what it said on stderr in one
+    line, but for the backend's; a traceback would be an exception. What it printed is main.printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        capsys.readouterr()
+        status = caps.main([*map(str, words)])
+        run.printed, said = capsys.readouterr()
+        lines = [line for line in said.splitlines() if not line.startswith("caps: native backend")]
+        assert status == 0 or len(lines) == 1 and lines[0].startswith("caps: "), lines
+        return status, "\n".join(lines)
+    return run

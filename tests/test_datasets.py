@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from common import command, refused, start, torchrun, write_idx
+from common import command, start, torchrun, write_idx
 from PIL import Image
 
 import caps
@@ -51,8 +51,8 @@ def sets(tmp_path_factory):
     for name, array in (("train-images.idx3-ubyte", train), ("train-labels.idx1-ubyte", train_labels),
                         ("test-images.idx3-ubyte", test), ("test-labels.idx1-ubyte", test_labels)):
         write_idx(root / "idx" / name, array)
-    for split, images, labels in (("train", train, train_labels), ("test", test, test_labels)):
-        write_folder(root / "folder" / split, images, labels)
+    write_folder(root / "folder/train", train, train_labels)
+    write_folder(root / "folder/test", test, test_labels)
     np.savez(root / "keras.npz", x_train=train, y_train=train_labels, x_test=test, y_test=test_labels)
     np.savez(root / "med.npz", train_images=train[..., None], train_labels=train_labels[:, None].astype(np.uint8),
              test_images=test[..., None], test_labels=test_labels[:, None], val_images=test, val_labels=test_labels)
@@ -74,12 +74,11 @@ def test_a_set_is_the_same_in_whatever_files(sets, capsys):
     assert first.title == "idx" and caps.load_data(str(sets / "keras.npz")).title == "keras"
 
 
-def test_the_same_training_to_the_bit(sets, tmp_path):
+def test_the_same_training_to_the_bit(sets, main):
     weights = []
     for name in ("idx", "folder", "med.npz"):
-        result = command("--dataset", sets / name, "--epochs", 2, "--out", name, "--shift", 1, "--flip", cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        weights.append(caps.read_checkpoint(tmp_path / name / "last.pt")["model"])
+        assert main("--dataset", sets / name, "--epochs", 2, "--out", name, "--shift", 1, "--flip")[0] == 0
+        weights.append(caps.read_checkpoint(f"{name}/last.pt")["model"])
     assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
 
 
@@ -134,14 +133,15 @@ def test_arrays_that_are_no_images(tmp_path, array, words):
         caps.load_data(str(tmp_path / "a.npz"))
 
 
-def test_what_is_no_data_set(tmp_path):
+def test_what_is_no_data_set(tmp_path, main):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.npz").write_bytes(b"no zip")
     np.savez(tmp_path / "b.npz", pictures=np.zeros((4, 28, 28)))
-    for words, expected in ((["empty"], ["empty", "CLASS/", "IDX"]), (["a.npz"], ["a.npz", "damaged"]),
-                            (["b.npz"], ["x_train", "pictures"]), (["mnits"], ["mnist", "emnist-letters", "mnits"]),
-                            (["no/such"], ["no/such", "no such folder"])):
-        refused(command("--dataset", *words, "--check", cwd=tmp_path), *expected)
+    for name, expected in (("empty", ["empty", "CLASS/", "IDX"]), ("a.npz", ["a.npz", "damaged"]),
+                           ("b.npz", ["x_train", "pictures"]), ("mnits", ["mnist", "emnist-letters", "mnits"]),
+                           ("no/such", ["no/such", "no such folder"])):
+        status, line = main("--dataset", name, "--check")
+        assert status == 2 and all(word in line for word in expected), line
 
 
 def test_a_fifth_of_each_class_is_held_out(tmp_path, capsys):
@@ -167,10 +167,13 @@ def test_what_is_odd_in_a_folder_is_said(tmp_path, capsys):
     (root / "train/1/cut.png").write_bytes((root / "train/1/0.png").read_bytes()[:200])
     (root / "train/readme.md").write_text("about")
     (root / ".DS_Store").write_text("hidden")
+    shutil.copytree(root / "train/2", root / "train/2/.ipynb_checkpoints")
+    (root / "train/2/loop").symlink_to(root / "train/2")
+    (root / "train/0/nowhere.png").symlink_to("gone")
     data = caps.load_data(str(root))
     said = capsys.readouterr().out.splitlines()
     for words in (("1 folders left out", "extra"), ("1 files outside", "train/readme.md"),
-                  ("2 of 44 files cannot be read", "train/0/notes.txt", "train/1/cut.png"), ("1 folders without images", "train/7"),
+                  ("3 of 45 files cannot be read", "train/0/notes.txt", "train/0/nowhere.png", "train/1/cut.png"), ("1 folders without images", "train/7"),
                   ("1 of 4 classes", "test images alone", "3 (3)")):
         assert sum(all(word in line for word in words) for line in said) == 1, (words, said)
     assert len(said) == 5 and data.traits["classes"] == ["0", "1", "2", "3"] and len(data.train_images) == 30
@@ -179,7 +182,8 @@ def test_what_is_odd_in_a_folder_is_said(tmp_path, capsys):
 def test_images_of_several_sizes(tmp_path, capsys):
     folder = write_folder(tmp_path / "a", *pictures(12))
     write_folder(tmp_path / "a", *pictures(3, shape=(30, 28)), names=["x", "y", "z"])
-    refused(command("--dataset", folder, "--check", cwd=tmp_path), "differ in size", "28×30", "--size")
+    with pytest.raises(caps.UserError, match="differ in size.*28×30.*--size"):
+        caps.load_data(str(folder))
     data = caps.load_data(str(folder), size=(20, 20))
     assert data.traits["image"] == [1, 20, 20] and len(data.train_images) + len(data.test_images) == 15
     write_folder(tmp_path / "large", *pictures(15, shape=(120, 90)))
@@ -240,15 +244,14 @@ def test_a_set_that_does_not_fit_says_what_it_needs(tmp_path, monkeypatch):
         caps.load_data(str(root))
 
 
-def test_one_class_and_few_images(tmp_path):
+def test_one_class_and_few_images(tmp_path, main):
     write_folder(tmp_path / "one", *pictures(10, classes=1))
-    result = command("--dataset", "one", "--epochs", 1, cwd=tmp_path)
-    assert result.returncode == 0 and "one class alone" in result.stdout, result.stderr
-    run = tmp_path / "runs/alexcaps-one"
-    seen = command("predict", "--checkpoint", run, "one/0/0.png", "--explain", "--show", cwd=tmp_path)
-    assert seen.returncode == 0 and "0.png: 0  lengths 0 (" in seen.stdout, seen.stderr
+    assert main("--dataset", "one", "--epochs", 1)[0] == 0 and "one class alone" in main.printed
+    assert main("predict", "--checkpoint", "runs/alexcaps-one", "one/0/0.png", "--explain", "--show")[0] == 0
+    assert "0.png: 0  lengths 0 (" in main.printed
     write_folder(tmp_path / "few", *pictures(4, classes=4))
-    refused(command("--dataset", "few", "--check", cwd=tmp_path), "4 images of 4 classes", "too few")
+    status, line = main("--dataset", "few", "--check")
+    assert status == 2 and "4 images of 4 classes" in line and "too few" in line
 
 
 # --------------------------------------------------------------------------------------------- torchvision's own formats
@@ -389,68 +392,74 @@ def test_flip_and_motions_of_other_shapes():
 
 @pytest.fixture(scope="module")
 def colour(tmp_path_factory):
-    """A run on colour images of 20×30 pixels with named classes; the set lies beside it, in colours/."""
+    """The folder of a run on colour images of 20×30 pixels with named classes, and of the set, colours/."""
     root = tmp_path_factory.mktemp("colour")
     names = ["red fox", "$b$", "ä"]
     for split, count in (("train", 60), ("test", 15)):
         write_folder(root / "colours" / split, *pictures(count, shape=(20, 30, 3)), names=names)
-    result = command("--dataset", "colours", "--epochs", 2, "--flip", "--shift", 2, "--holdout", 6, cwd=root)
-    assert result.returncode == 0, result.stderr
+    words = ["--dataset", "colours", "--epochs", "2", "--flip", "--shift", "2", "--holdout", "6"]
+    assert command(*words, cwd=root).returncode == 0  # as a user types it: into runs/
     return root
 
 
-def test_every_mode_goes_by_the_set(colour, tmp_path):
+def test_every_mode_goes_by_the_set(colour, tmp_path, main):
     run, data = colour / "runs/alexcaps-colours", colour / "colours"
     facts = json.loads((run / "summary.json").read_text())
     assert facts["traits"]["classes"] == ["$b$", "red fox", "ä"] and facts["traits"]["image"] == [3, 20, 30]
     assert np.shape(facts["confusion"]) == (3, 3) and facts["test_images"] == 6
-    mode = lambda *words: command(*words, "--checkpoint", run, cwd=tmp_path)
-    tested = mode("eval", "--out", "e")
-    assert tested.returncode == 0 and "colours, not the 6 training images" in tested.stdout, tested.stderr
+
+    def mode(*words):
+        assert main(*words, "--checkpoint", run) == (0, "")
+        return main.printed
+
+    assert "colours, not the 6 training images" in mode("eval", "--out", "e")
     assert json.loads((tmp_path / "e/summary.json").read_text())["test_images"] == 15
     first = sorted((data / "test/red fox").iterdir())[0]
-    said = mode("predict", first, "--json", "--show", "--explain")
-    [seen] = json.loads(said.stdout)
+    [seen] = json.loads(mode("predict", first, "--json", "--show", "--explain"))
     assert seen["size"] == [30, 20] and seen["result"] == "class" and set(seen["lengths"]) == set(facts["traits"]["classes"])
     assert seen["text"] == max(seen["lengths"], key=seen["lengths"].get) and len(list(tmp_path.glob("*.png"))) == 2
-    assert "one image [3, 20, 30] and 3 classes" in mode("summary").stdout
-    assert mode("diagram").returncode == 0 and "red fox" in (tmp_path / "diagram-alexcaps.svg").read_text()
-    assert "[batch, 3, 20, 30]" in mode("export", "m.onnx").stdout
+    assert "one image [3, 20, 30] and 3 classes" in mode("summary")
+    assert mode("diagram") and "red fox" in (tmp_path / "diagram-alexcaps.svg").read_text()
+    assert "[batch, 3, 20, 30]" in mode("export", "m.onnx")
     import onnx
     assert json.loads(onnx.load(tmp_path / "m.onnx").metadata_props[0].value) == facts["traits"]["classes"]
-    page = command("report", run, "--out", "r", cwd=tmp_path)
+    assert main("report", run, "--out", "r") == (0, "")
     text = (tmp_path / "r/report.md").read_text()
-    assert page.returncode == 0 and page.stderr.count("\n") <= 1 and "AlexCapsNet, 1 process, colours" in text, page.stderr
+    assert "AlexCapsNet, 1 process, colours" in text
     assert "R² of red fox" in text and text.endswith("Nothing.\n")
     with open(run / "metrics.csv") as file:
         assert {row["dataset"] for row in csv.DictReader(file)} == {str(data)}
 
 
-def test_predicted_as_tested(colour):
+def test_predicted_as_tested(colour, main):
     """Each file is seen as its image among the data is."""
     run, data = colour / "runs/alexcaps-colours", caps.load_data(str(colour / "colours"))
     model = caps.load_model(caps.read_checkpoint(run / "last.pt"), torch.device("cpu"))
     scores = caps.class_scores(model, data.test_images, caps.World(0, 1, torch.device("cpu")))
     expected = {image.numpy().tobytes(): score for image, score in zip(data.test_images, scores)}
     files = sorted((colour / "colours/test").rglob("*.png"))
-    result = command("predict", "--checkpoint", run, *files, "--json", cwd=colour)
-    for file, seen in zip(files, json.loads(result.stdout)):
+    assert main("predict", "--checkpoint", run, *files, "--json")[0] == 0
+    for file, seen in zip(files, json.loads(main.printed), strict=True):
         score = expected[np.asarray(Image.open(file)).transpose(2, 0, 1).tobytes()]
         np.testing.assert_allclose(list(seen["lengths"].values()), score, atol=2e-4)
 
 
-def test_a_moved_set_and_another_one(colour, tmp_path):
+def test_a_moved_set_and_another_one(colour, tmp_path, main):
+    def refused(*words, expected):
+        status, line = main(*words)
+        assert status == 2 and all(word in line for word in expected), line
+
     run = shutil.copytree(colour / "runs/alexcaps-colours", tmp_path / "run")
     shutil.copytree(colour / "colours", tmp_path / "moved")
-    assert command("--resume", run, "--dataset", "moved", "--epochs", 3, cwd=tmp_path).returncode == 0
+    assert main("--resume", run, "--dataset", "moved", "--epochs", 3)[0] == 0
     extra = sorted((tmp_path / "moved/train/ä").iterdir())[0]
     extra.unlink()
-    refused(command("--resume", run, "--dataset", "moved", "--epochs", 4, cwd=tmp_path), "other images", "moved")
-    assert command("eval", "--checkpoint", run, "--dataset", "moved", cwd=tmp_path).returncode == 0
+    refused("--resume", run, "--dataset", "moved", "--epochs", 4, expected=("other images", "moved"))
+    assert main("eval", "--checkpoint", run, "--dataset", "moved")[0] == 0
     shutil.copytree(tmp_path / "moved/test/ä", tmp_path / "moved/test/z")
-    refused(command("eval", "--checkpoint", run, "--dataset", "moved", cwd=tmp_path), "does not know", "z")
+    refused("eval", "--checkpoint", run, "--dataset", "moved", expected=("does not know", "z"))
     shutil.rmtree(tmp_path / "moved")
-    refused(command("eval", "--checkpoint", run, cwd=tmp_path), "moved", "no such folder")
+    refused("eval", "--checkpoint", run, expected=("moved", "no such folder"))
 
 
 def test_a_resumed_run_is_the_same(colour, tmp_path):
@@ -478,7 +487,7 @@ def test_several_processes_on_a_folder(colour, tmp_path):
     assert json.loads((tmp_path / "run/summary.json").read_text())["world_size"] == 2
 
 
-def test_checkpoints_of_earlier_versions(small, trained, tmp_path):
+def test_checkpoints_of_earlier_versions(small, trained, tmp_path, main):
     """Without traits, size, grey and flip: MNIST is what they are of."""
     checkpoint = caps.read_checkpoint(trained / "last.pt")
     del checkpoint["traits"]
@@ -486,13 +495,14 @@ def test_checkpoints_of_earlier_versions(small, trained, tmp_path):
         del checkpoint["config"][key]
     torch.save(checkpoint, tmp_path / "last.pt")
     assert caps.read_checkpoint(tmp_path / "last.pt")["traits"]["mean"] == [0.1307]
-    assert command("eval", "--checkpoint", "last.pt", cwd=tmp_path).returncode == 0
-    assert command("--resume", "last.pt", "--out", "on", "--epochs", 2, cwd=tmp_path).returncode == 0
+    assert main("eval", "--checkpoint", "last.pt")[0] == 0
+    assert main("--resume", "last.pt", "--out", "on", "--epochs", 2)[0] == 0
     checkpoint["config"]["dataset"] = "fashion"
     torch.save(checkpoint, tmp_path / "last.pt")
     assert caps.read_checkpoint(tmp_path / "last.pt")["traits"]["classes"][9] == "Ankle boot"
     shutil.copytree(small / "MNIST", tmp_path / "FashionMNIST")
-    refused(command("--resume", "last.pt", "--epochs", 3, "--data-dir", tmp_path, cwd=tmp_path), "another order", "can be used")
+    status, line = main("--resume", "last.pt", "--epochs", 3, "--data-dir", tmp_path)
+    assert status == 2 and "another order" in line and "can be used" in line
 
 
 # ------------------------------------------------------------------------------------------------- pictures of many classes

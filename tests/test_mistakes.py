@@ -24,21 +24,6 @@ from caps.extras import machine
 ALONE = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "")
 
 
-@pytest.fixture
-def main(capsys, monkeypatch, tmp_path):
-    """main(*words): the command line in this process and an empty folder, its status and what it said on stderr in one
-    line, but for the backend's; a traceback would be an exception."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        capsys.readouterr()
-        status = caps.main([*map(str, words)])
-        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("caps: native backend")]
-        assert status == 0 or len(lines) == 1 and lines[0].startswith("caps: "), lines
-        return status, "\n".join(lines)
-    return run
-
-
 @pytest.fixture(scope="session")
 def few(embedded):
     """few(folder, train images a class, test images a class): a set of embedded images, its four files in `folder`."""
