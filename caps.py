@@ -324,19 +324,27 @@ class CapsNet(nn.Module):
         return self.digits(self.primary(self.backbone(images)))
 
 
+def check_image(image):
+    if not (isinstance(image, (tuple, list, torch.Size)) and len(image) == 3):
+        raise ValueError(f"image is {image}, expected (channels, height, width)")
+    return image
+
+
 class AlexCapsNet(CapsNet):
     """An AlexNet-like backbone, 32 types of 8-dimensional primary capsules on the grid that it leaves of an image (2×2
     of 28×28, 7×7 of 64×64), `num_classes` digit capsules of 16 dimensions.
 
     Images [B, C, H, W], floats in [0, 1], with `image` = (C, H, W) -> [B, num_classes, 16]. `mean` and `deviation` of
-    the training images, a number for each channel, are MNIST's by default. ValueError for H or W below 15.
+    the training images, a number for each channel or one for all, are MNIST's by default. ValueError for other shapes
+    and for H or W below 15.
     """
 
-    def __init__(self, num_classes=10, iterations=3, image=(1, 28, 28), mean=(0.1307,), deviation=(0.3081,)):
-        channels, *sides = image
+    def __init__(self, num_classes=10, image=(1, 28, 28), iterations=3, mean=(0.1307,), deviation=(0.3081,)):
+        channels, *sides = check_image(image)
         grid = [((side - 7) // 4 - 2) // 2 + 1 for side in sides]  # what the first convolution and its pooling leave
         if min(grid) < 1:
             raise ValueError(f"images of {sides[0]}×{sides[1]} pixels are too small, expected at least 15×15")
+        mean, deviation = ([*given] * (channels if len(given) == 1 else 1) for given in (mean, deviation))
         if not len(mean) == len(deviation) == channels:
             raise ValueError(f"mean {mean} and deviation {deviation}, expected a number for each of {channels} channels")
         capsules = 32 * grid[0] * grid[1]
@@ -376,9 +384,9 @@ class ResCapsNet(CapsNet):
     capsules of 16 dimensions. Images [B, C, H, W], floats in [0, 1], with `image` = (C, H, W) -> [B, num_classes, 16].
     """
 
-    def __init__(self, num_classes=10, iterations=3, image=(1, 28, 28)):
+    def __init__(self, num_classes=10, image=(1, 28, 28), iterations=3):
         super().__init__(
-            image,
+            check_image(image),
             nn.Sequential(
                 nn.Upsample((78, 78), mode="bilinear", align_corners=False),
                 nn.Conv2d(image[0], 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
@@ -396,7 +404,7 @@ MODELS = {"alexcaps": AlexCapsNet, "rescaps": ResCapsNet}
 def new_model(name, iterations, traits):
     """A model of MODELS for a data set by its `traits` (see Data); ValueError where its images are too small."""
     scale = {key: traits[key] for key in ("mean", "deviation") if name == "alexcaps"}  # ResCapsNet has BatchNorm
-    return MODELS[name](len(traits["classes"]), iterations, traits["image"], **scale)
+    return MODELS[name](len(traits["classes"]), traits["image"], iterations, **scale)
 
 
 def margin_loss(lengths, labels, m_plus=0.9, m_minus=0.1, down_weight=0.5):
@@ -421,6 +429,7 @@ class Data:
     image      [C, H, W]
     mean, deviation    of the training images' pixels in [0, 1], to four digits, one each channel
     framing    "mnist" or "emnist" where these are characters on a ground of 0, cut out of pages as there; else ""
+    split      "fifth" where the test images are a fifth of each class, held out; else "given"
     digest     of all images and labels in their order
     """
 
@@ -435,6 +444,12 @@ class Data:
     @property
     def title(self):
         return set_title(self.name)
+
+    @property
+    def wants_warmup(self):
+        """Whether the rate rises over the first 100 steps by default: without, few steps an epoch end where guessing is
+        (docs/measurements.md). MNIST's recipe is the study's."""
+        return len(self.train_images) < 20_000 and self.name not in ("mnist", "mnist5k")
 
     def to(self, device):
         """The set on a device; UserError where it has no room for it."""
@@ -735,7 +750,7 @@ def train(args, write=None, fast=None):
         learns = learning(run, learns)
     if run.signal:
         again = ["python", sys.argv[0], "--resume", str(run.folder / "last.pt")]
-        again += ["--data-dir", args.data_dir] * bool(args.data_dir) + ["--graph"] * args.graph
+        again += ["--data-dir", args.data_dir] * bool(args.data_dir and not os.path.isabs(args.dataset)) + ["--graph"] * args.graph
         print(f"stopped in epoch {run.epoch + 1}; go on with:\n  {shlex.join(again)}")
         return 128 + run.signal
     scores, result = evaluated or evaluate_run(run)  # or: a run that had all its epochs was resumed
@@ -746,8 +761,8 @@ def train(args, write=None, fast=None):
 
 
 def learning(run, before):
-    """Whether the run tests better than guessing; a line where it does not, but did `before`."""
-    learns = run.history[-1]["test_accuracy"] > chance(run.data.test_labels)
+    """Whether the run tests better than guessing, or is at its start; a line where it does not, but did `before`."""
+    learns = run.steps < 100 and run.epoch < run.args.epochs or run.history[-1]["test_accuracy"] > chance(run.data.test_labels)
     if before and not learns and run.world.rank == 0:
         print(f"caps: by step {run.steps} the test accuracy is that of guessing; if that lasts, try an --lr below "
               f"{run.args.lr:g}, and see whether labels and images belong together", file=sys.stderr)
@@ -858,13 +873,15 @@ def prepare(args, processes=1):
     if len(data.train_images) < processes:
         raise UserError(f"{processes} processes for {len(data.train_images)} training images: start at most as many")
     if checkpoint and checkpoint["traits"]["digest"] not in ("", data.traits["digest"]):
-        raise UserError(f"{args.resume}: was trained on other images than {data.name} has, or in another order; it can "
-                        "be used, but not gone on with")
+        raise UserError(f"{args.resume}: was trained on other images than {data.name} has now, or by an earlier version, in "
+                        "another order; it can be used, but not gone on with")
     try:
         with torch.device("meta"):
             new_model(args.model, args.iterations, data.traits)
     except ValueError as error:
         raise UserError(f"--model {args.model}, --dataset {data.name}: {error}; --size 28, say, resizes them") from error
+    if not checkpoint and "warmup" not in args.given and data.wants_warmup:
+        args.warmup = max(args.warmup, round(100 * args.batch_size * args.accumulate * processes / len(data.train_images), 2))
     args.dataset = data.name
     extra("runs").files_to_replace(args)
     extra("runs").check_writable(args.out or "runs")
@@ -936,7 +953,8 @@ def read_checkpoint(path):
             raise ValueError(f"of an unknown model, {config['model']}")
         if "traits" not in checkpoint:
             checkpoint["traits"] = extra("datasets").earlier_traits(config["dataset"])
-        new_model(config["model"], config["iterations"], checkpoint["traits"])
+        with torch.device("meta"):
+            new_model(config["model"], config["iterations"], checkpoint["traits"])
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch.load raises whatever a foreign file leads it to
@@ -961,20 +979,6 @@ def load_model(checkpoint, device):
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise UserError(f"{checkpoint['path']}: holds weights that are not finite numbers; take another checkpoint")
     return model.to(device)
-
-
-def load_data_for(checkpoint, dataset=None, data_dir=None, holdout=0):
-    """A data set, by default the checkpoint's own, as its model takes it: its size and channels, and labels by the
-    names of its classes; UserError where the set has others. `holdout` as for load_data, by the run's seed."""
-    config, traits = checkpoint["config"], checkpoint["traits"]
-    dataset = dataset or config["dataset"]
-    data = load_data(dataset, data_dir, holdout, config["seed"], traits["image"][1:], traits["image"][0])
-    if others := [name for name in data.traits["classes"] if name not in traits["classes"]]:
-        raise UserError(f"--dataset {dataset}: has classes that {checkpoint['path']} does not know: "
-                        f"{', '.join(others[:5])}{', ...' if len(others) > 5 else ''}")
-    label = torch.tensor([traits["classes"].index(name) for name in data.traits["classes"]])
-    return dataclasses.replace(data, train_labels=label[data.train_labels], test_labels=label[data.test_labels],
-                               traits=traits)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -1038,7 +1042,7 @@ def evaluate(args, write):
 
     def read_inputs():
         checkpoint = read_checkpoint(args.checkpoint)
-        data = load_data_for(checkpoint, args.dataset, args.data_dir)
+        data = extra("datasets").load_data_for(checkpoint, args.dataset, args.data_dir)
         folder = pathlib.Path(args.out or pathlib.Path(args.checkpoint).parent / f"eval-{data.title}")
         if (folder / "last.pt").exists():
             raise UserError(f"--out {folder}: holds a training run; name another folder")
@@ -1236,6 +1240,11 @@ def main(argv=None):
         return 1
     except (UserError, OSError) as error:
         print(f"caps: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"caps: out of memory ({first_line(error)[:120]}); take a smaller --batch-size or --size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -4,6 +4,7 @@ IDX files, as arrays or as a folder of images (images.py). Of each: two arrays, 
 
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import io
 import os
@@ -16,9 +17,9 @@ import tempfile
 import numpy as np
 import torch
 
-from caps import Data, UserError, first_line, hold_out, package
-from caps.extras.formats import plain, read_cifar, read_idx_sets, read_npz, read_svhn, read_usps
-from caps.extras.images import form_all, listing, read_folder
+from caps import Data, UserError, first_line, load_data, package, set_title
+from caps.extras.formats import (keys_of, names_of, plain, read_cifar, read_idx_sets, read_npz, read_svhn, read_usps)
+from caps.extras.images import LARGEST_SIDE, counted, form_all, listing, read_folder, shrunk
 
 DIGITS = list(string.digits)
 EMBEDDED = "mnist5k"
@@ -60,7 +61,7 @@ NAMES = [*NAMED, EMBEDDED]
 def read(dataset, data_dir=None, size=None, channels=None):
     """The `Data` of `dataset` as on the command line; arguments as for caps.load_data. UserError says what is lacking
     or damaged; what is left out of a user's own set is said on stdout."""
-    name, folder = dataset.replace("auto", "mnist"), os.path.expanduser(data_dir or "./data")
+    name, folder = "mnist" if dataset == "auto" else dataset, os.path.expanduser(data_dir or "./data")
     if os.path.isabs(name):
         return read_own(name, size, channels)
     if name == EMBEDDED:
@@ -82,14 +83,35 @@ def earlier_traits(name):
     MNIST was another."""
     mnist = name in ("mnist", EMBEDDED)
     return {"classes": NAMED["mnist" if mnist else name].classes, "image": [1, 28, 28], **MNIST_SCALE,
-            "framing": "mnist" * mnist, "digest": "" if mnist else "unknown"}
+            "framing": "mnist" * mnist, "split": "given", "digest": "" if mnist else "unknown"}
+
+
+def load_data_for(checkpoint, dataset=None, data_dir=None, holdout=0):
+    """A data set, by default the checkpoint's own, as its model takes it: its size and channels, and labels by the
+    names of its classes; UserError where the set has others. `holdout` as for load_data, by the run's seed."""
+    config, traits = checkpoint["config"], checkpoint["traits"]
+    dataset = dataset or config["dataset"]
+    data = load_data(dataset, data_dir, holdout, config["seed"], traits["image"][1:], traits["image"][0])
+    if others := [name for name in data.traits["classes"] if name not in traits["classes"]]:
+        others, known = (", ".join(names[:5]) + ", ..." * (len(names) > 5) for names in (others, traits["classes"]))
+        raise UserError(f"--dataset {dataset}: has classes that {checkpoint['path']} does not know: {others}; it knows "
+                        f"{known}")
+    label = torch.tensor([traits["classes"].index(name) for name in data.traits["classes"]])
+    data = dataclasses.replace(data, train_labels=label[data.train_labels], test_labels=label[data.test_labels])
+    if data.traits["digest"] != traits["digest"] and data.traits["split"] == "fifth" and not holdout:
+        if dataset == config["dataset"]:
+            raise UserError(f"{dataset}: has changed since the training, and with it the fifth that is held out: some of "
+                            "it may have been trained on; put images that were not into test/, those that were into train/")
+        data = dataclasses.replace(data, note="", test_images=torch.cat([data.train_images, data.test_images]),
+                                   test_labels=torch.cat([data.train_labels, data.test_labels]))  # all of another set
+    return dataclasses.replace(data, traits=traits)
 
 
 # ---------------------------------------------------------------------------------------------- from arrays to a data set
 
-def assemble(name, splits, classes, framing, size, channels, note=""):
-    """`Data` of images, uint8 [n, H, W] or [n, H, W, 3], and labels [n] from 0 on, to train and to test; where there is
-    one pair alone, it is both. `framing` None: found out. The other arguments as for Data and for caps.load_data."""
+def assemble(name, splits, classes, framing, size, channels, note="", split="given"):
+    """`Data` of two pairs of images, uint8 [n, H, W] or [n, H, W, 3], and labels [n] from 0 on. `framing` None: found
+    out. The other arguments as for Data and for caps.load_data."""
     arranged = []
     for images, labels in splits:
         images = form_all(np.asarray(images), size, channels, name)
@@ -97,22 +119,21 @@ def assemble(name, splits, classes, framing, size, channels, note=""):
         arranged.append(arrange(images, np.asarray(labels), keep_order=name in ("mnist", EMBEDDED)))
     shape, *others = [images.shape[1:] for images, _, _ in arranged]
     if others and others[0] != shape:
-        raise UserError(f"--dataset {name}: training and test images differ in size or colour; add --size N, or --grey")
+        what = "in size; add --size N" if others[0][1:] != shape[1:] else "in colour; add --grey"
+        raise UserError(f"--dataset {name}: training and test images differ {what}")
     images, digest = arranged[0][0], hashlib.sha256()
     for _, labels, keys in arranged:
         digest.update(labels.tobytes() + keys.tobytes())
     traits = {"classes": list(classes), "image": list(shape), **scale_of(images, name),
               "framing": ("mnist" if framed_as_mnist(images) else "") if framing is None else framing,
-              "digest": digest.hexdigest()[:16]}
-    train, test = [[tensor_of(part) for part in split[:2]] for split in (arranged[0], arranged[-1])]
-    return Data(name, note, *train, *test, traits)
+              "split": split, "digest": digest.hexdigest()[:16]}
+    return Data(name, note, *(tensor_of(part) for images, labels, _ in arranged for part in (images, labels)), traits)
 
 
 def arrange(images, labels, keep_order):
     """(images, labels, keys) in an order of the images' content, so that a set is the same one in whatever files and
     under whatever names it is kept, and is never sorted by class; MNIST stays as it comes."""
-    images = np.ascontiguousarray(images)
-    keys = np.frombuffer(b"".join(hashlib.blake2b(image.data, digest_size=8).digest() for image in images), ">u8")
+    images, keys = np.ascontiguousarray(images), keys_of(images)
     order = np.arange(len(keys)) if keep_order else np.lexsort((labels, keys))
     return images[order], labels[order], keys[order]
 
@@ -170,7 +191,8 @@ def load_named(name, data_dir, chosen, size, channels):
         raise UserError(f"{folder}: the training files hold 10,000 images and the t10k files 60,000: they are "
                         "exchanged, expected the 60,000 under train-")
     about = about._replace(classes=classes[0]) if classes else about
-    splits = labelled(*train, about, paths[1]), labelled(*test, about, paths[-1])
+    places = [folder] * 2 if reader is read_cifar else paths if len(paths) == 2 else paths[1::2]  # of labels
+    splits = labelled(*train, about, places[0]), labelled(*test, about, places[1])
     return assemble(name, splits, about.classes, about.framing, size, channels)
 
 
@@ -245,26 +267,56 @@ def read_own(path, size, channels):
     if os.path.isfile(path):
         splits = read_npz(path, say)
     elif not os.path.isdir(path):
-        raise UserError(f"--dataset {path}: no such folder or file; name the place where it is now by --dataset")
+        raise UserError(f"--dataset {path}: no such folder or file; where a run's set was moved, eval, export and --resume "
+                        "take its place by --dataset")
     elif found := find_own_idx(path):
         paths, about = found
         train, test = read_idx_sets(paths)
         if about:  # the files of a set with a name
             splits = labelled(*train, about, paths[1]), labelled(*test, about, paths[3])
             return assemble(path, splits, about.classes, about.framing, size, channels)
-        splits = [(images, list(map(str, labels.tolist()))) for images, labels in (train, test)]
+        splits = [(images, names_of(labels, labels_path), None)
+                  for (images, labels), labels_path in ((train, paths[1]), (test, paths[3]))]
     else:
         splits = read_folder(path, size, channels, say)
-    for split, (images, names) in zip(("training", "test"), splits):
+    for what, (images, names, _) in zip(("training", "test"), splits):
         if not len(images) == len(names) > 0:
-            raise UserError(f"--dataset {path}: {len(images):,} {split} images with {len(names):,} labels, expected one "
+            raise UserError(f"--dataset {path}: {len(images):,} {what} images with {len(names):,} labels, expected one "
                             "label for each image, and some")
-    classes = in_order({name for _, names in splits for name in names})
+    natural = splits[0][0].shape[1:3]
+    if not size and max(natural) > LARGEST_SIDE:  # of arrays: a folder's images have become smaller one by one
+        say(shrunk(natural))
+    classes = in_order({name for _, names, _ in splits for name in names})
     label = {name: c for c, name in enumerate(classes)}
-    splits = [(images, np.array([label[name] for name in names])) for images, names in splits]
-    report_classes(classes, [labels for _, labels in splits], say)
-    data = assemble(path, splits, classes, None, size, channels)
-    return data if len(splits) == 2 else hold_out_a_fifth(data, say)
+    splits = [(images, np.array([label[name] for name in names]), keys) for images, names, keys in splits]
+    note, split = "", "given"
+    if len(splits) == 1:
+        splits, split = split_off_a_fifth(path, *splits[0]), "fifth"
+        note = f"{set_title(path)}: a fifth of each class, {counted(len(splits[1][0]), 'image')}, held out for the test"
+    report_classes(classes, [labels for _, labels, _ in splits], say)
+    if (top := max(images.max() for images, _, _ in splits)) < 64:
+        say(f"pixels go up to {top} of 255: dark images, or of another scale")
+    data = assemble(path, [split[:2] for split in splits], classes, None, size, channels, note, split)
+    channels, height, width = data.traits["image"]
+    say(f"{counted(len(data.train_images), 'image')} to train and {len(data.test_images):,} to test, of {width}×{height} "
+        f"pixels{' with colour' * (channels == 3)}, {len(classes)} class{'es' * (len(classes) > 1)}: {listing(classes, 10)}")
+    return data
+
+
+def split_off_a_fifth(path, images, labels, keys):
+    """Images uint8, labels and keys, all [n], -> those to train and those to test: of each class the fifth, to the
+    nearest whole number, with the least keys, but at least one image of two. So an image stays on its side, whatever
+    --seed, --size and --grey are, and but for one at most whatever is added."""
+    order = np.lexsort((keys, labels))
+    count = np.bincount(labels)
+    place = np.arange(len(order)) - (count.cumsum() - count)[labels[order]]
+    tests = np.where(count > 1, np.maximum(1, (count + 2) // 5), 0)
+    held = np.zeros(len(order), bool)
+    held[order] = place < tests[labels[order]]
+    if not held.any():
+        raise UserError(f"--dataset {path}: {counted(len(images), 'image')}, one of each class: too few to hold some out; "
+                        "add test images")
+    return [(images[part], labels[part], keys[part]) for part in (~held, held)]
 
 
 def in_order(names):
@@ -281,24 +333,12 @@ def report_classes(classes, labels, say):
     if test:
         unlearned = [f"{classes[c]} ({test[0][c]})" for c in np.flatnonzero(train == 0)]
         untested = [f"{classes[c]} ({train[c]})" for c in np.flatnonzero(test[0] == 0)]
-        for names, what in ((unlearned, "in the test images alone, so nothing learns them"),
+        for names, what in ((unlearned, "in the test images alone"),
                             (untested, "not in the test images")):
             if names:
                 say(f"{len(names)} of {len(classes)} classes (with their images) {what}: {listing(names)}")
     if len(classes) == 1:
         say(f"one class alone, {classes[0]}: there is nothing to tell apart")
-
-
-def hold_out_a_fifth(data, say):
-    """A set without test images, a fifth of each class, to the nearest whole number, taken from those to train."""
-    images, classes = len(data.train_images), len(data.traits["classes"])
-    count = min(images // 5, images - classes)
-    if not count:
-        raise UserError(f"--dataset {data.name}: {images} images of {classes} classes are too few to hold out a fifth of "
-                        "each class; add test images")
-    say(f"no test images there: a fifth of each class, {count:,} images, is held out for the test, by a draw that is "
-        "always the same")
-    return hold_out(data, count, seed=0)
 
 
 def find_own_idx(folder):

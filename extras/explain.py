@@ -47,8 +47,9 @@ def plot_seen(path, picture, result, traits, drawing):
     for row, (digit, image) in enumerate(zip(digits, images_of(picture, digits))):
         left, top, right, bottom = digit["box"]
         colour = "tab:orange" if digit["uncertain"] else "tab:green"
-        whole.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=colour)
-        whole.annotate(shown(name_of(digit)), (left, top), color=colour, fontsize=12, ha="right", va="bottom")
+        if traits["framing"]:
+            whole.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=colour)
+            whole.annotate(shown(name_of(digit)), (left, top), color=colour, fontsize=12, ha="right", va="bottom")
         seen, bars = axes[3 * row + 1:3 * row + 3]
         seen.imshow(image, cmap="gray", vmin=0, vmax=1)
         seen.set(title="as the network sees it" * (row == 0), xticks=[], yticks=[])
@@ -57,7 +58,8 @@ def plot_seen(path, picture, result, traits, drawing):
         listed = range(len(names)) if len(names) <= ALL else np.argsort(-values, kind="stable")[:BARS]
         colours = [colour if names[c] == name_of(digit) else "lightgrey" for c in listed]
         bars.bar(range(len(listed)), values[listed], color=colours)
-        bars.set(ylim=(0, 1), ylabel="length", title=(digit["uncertain"] or "").split(",")[0])
+        bars.set(ylim=(0, 1), ylabel="length")
+        bars.set_title((digit["uncertain"] or "").split(",")[0], parse_math=False)
         bars.set_xticks(range(len(listed)), [shown(names[c], 12) for c in listed], rotation=90 * (max(map(len, names)) > 2))
     for axis in axes[1:3] if not digits else ():
         axis.remove()
@@ -86,7 +88,7 @@ def plot_explanation(model, image, names, path):
     coupling = torch.stack([c[0].unflatten(0, (model.primary.types, *maps.shape[2:])).sum(0) for c, _ in trace]).cpu()
     figure, axes = new_figure(3.4 + 2.2 * len(trace), 4.8, columns=len(trace) + 1, rows=2)
     (digit, *above), (curves, *below) = axes[:len(trace) + 1], axes[len(trace) + 1:]
-    digit.imshow(pixels(image[0]), cmap="gray")
+    digit.imshow(pixels(image[0]), cmap="gray", vmin=0, vmax=1)
     digit.set(title=f"classified as {shown(names[classes[0]])}", xlabel="pixels")
     digit.grid(False)
     iterations = range(1, len(trace) + 1)
@@ -102,7 +104,8 @@ def plot_explanation(model, image, names, path):
     for j, row in zip(classes, (above, below)):
         for t, axis in enumerate(row):
             drawn = axis.imshow(coupling[t, :, :, j], cmap="RdBu_r", vmin=uniform - spread, vmax=uniform + spread)
-            axis.set(title=f"to class {shown(names[j], 10)}, iteration {t + 1}", xticks=[], yticks=[], xlabel="primary grid")
+            between = ", " if len(names[j]) < 3 else "\n"
+            axis.set(title=f"to class {shown(names[j])}{between}iteration {t + 1}", xticks=[], yticks=[], xlabel="primary grid")
             axis.grid(False)
-        figure.colorbar(drawn, ax=row, label=f"coupling, sum over types\n(uniform: {uniform:g})", shrink=0.8)
+        figure.colorbar(drawn, ax=row, label=f"coupling, sum over types\n(uniform: {uniform:.4g})", shrink=0.8)
     write_atomically(path, figure.savefig)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from caps import (EVALUATION_BATCH, UserError, file_name, lengths, load_data_for, load_model, package, read_checkpoint,
+from caps import (EVALUATION_BATCH, UserError, file_name, lengths, load_model, package, read_checkpoint,
                   to_float)
+from caps.extras.datasets import load_data_for
 from caps.extras.runs import check_writable, write_atomically
 
 
@@ -43,7 +44,14 @@ def run(args):
         raise UserError(f"{out}: is a folder; name the file to write, {out / 'model.onnx'} say")
     check_writable(out.parent, "FILE")
     checkpoint = read_checkpoint(args.checkpoint)
-    images = load_data_for(checkpoint, args.dataset, args.data_dir).test_images
+    what = "test images"
+    try:
+        images = load_data_for(checkpoint, args.dataset, args.data_dir).test_images
+    except UserError:
+        if args.dataset:
+            raise
+        what = "images of noise, for want of the data set"
+        images = torch.randint(256, (200, *checkpoint["traits"]["image"]), dtype=torch.uint8)
     model = WithLengths(load_model(checkpoint, torch.device("cpu"))).eval()
 
     def write(path):
@@ -66,7 +74,7 @@ def run(args):
             raise UserError(f"{args.out}: not written, onnxruntime differs by {worst:.1e}, expected at most 1e-5")
         shape, classes = (", ".join(map(str, checkpoint["traits"]["image"])), len(checkpoint["traits"]["classes"]))
         print(f"{args.out}: images [batch, {shape}] in [0, 1] -> lengths [batch, {classes}], capsules; onnxruntime "
-              f"differs by at most {worst:.1e} over {len(images):,} test images")
+              f"differs by at most {worst:.1e} over {len(images):,} {what}")
 
     write_atomically(out, write)
     return 0

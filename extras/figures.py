@@ -14,8 +14,10 @@ warnings.filterwarnings("ignore", "Glyph .* missing")  # in the names of classes
 
 
 def shown(name, most=16):
-    """A class's name as it is drawn: cut where it is long, and a $ no formula."""
-    return (name if len(name) <= most else name[:most - 1] + "…").replace("$", r"\$")
+    """A class's name as it is drawn: on one line, its middle cut where it is long, a $ no formula and a _ not hidden."""
+    name = " ".join(name.encode(errors="replace").decode().split())
+    name = name if len(name) <= most else name[:most // 2] + "…" + name[-(most - most // 2 - 1):]
+    return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
 def pixels(image):
@@ -23,10 +25,10 @@ def pixels(image):
     return image.cpu().permute(1, 2, 0).squeeze(2).numpy()
 
 
-def new_figure(width, height, columns=1, rows=1):
-    """A figure in the one style of all plots, and its axes as a flat list."""
+def new_figure(width, height, columns=1, rows=1, **grid):
+    """A figure in the one style of all plots, and its axes as a flat list; `grid` as GridSpec's."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    axes = list(np.ravel(figure.subplots(rows, columns)))
+    axes = list(np.ravel(figure.subplots(rows, columns, gridspec_kw=grid)))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
@@ -52,13 +54,16 @@ def plot_curves(runs, path):
 def plot_confusion(results, path):
     """Confusion matrices side by side; `results` maps a title to `measure`'s dictionary with the names of `classes`."""
     columns, rows = min(3, len(results)), -(-len(results) // 3)
-    most = max(len(result["classes"]) for result in results.values())
-    cell = np.interp(most, (12, 26, 100), (0.4, 0.32, 0.19))  # inches
-    side = max(5.2, 1.2 + cell * most)
-    figure, axes = new_figure(side * columns, side * rows, columns, rows)
+    counts = np.array([len(result["classes"]) for result in results.values()])
+    cells = np.interp(counts, (12, 26, 100), (0.4, 0.32, 0.19))  # inches
+    sides = np.zeros(columns * rows)
+    sides[:len(counts)] = np.maximum(5.2, 1.2 + cells * counts)
+    sides = sides.reshape(rows, columns)
+    widths, heights = sides.max(0), sides.max(1)
+    figure, axes = new_figure(widths.sum(), heights.sum(), columns, rows, width_ratios=widths, height_ratios=heights)
     for axis in axes[len(results):]:
         axis.set_axis_off()
-    for axis, (title, result) in zip(axes, results.items()):
+    for axis, cell, (title, result) in zip(axes, cells, results.items()):
         counts, names = np.array(result["confusion"]), [shown(name) for name in result["classes"]]
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         axis.grid(False)
@@ -124,7 +129,7 @@ def plot_misclassified(images, scores, labels, classes, title, path, most=40):
     for axis in axes:
         axis.set_axis_off()
     for axis, i in zip(axes, worst):
-        axis.imshow(pixels(images[i]), cmap="gray")
+        axis.imshow(pixels(images[i]), cmap="gray", vmin=0, vmax=255)
         true, taken = (shown(classes[c], 10) for c in (labels[i], predicted[i]))
         axis.set_title(f"{true} as {taken}\n{right[i]:.2f} < {scores[i].max():.2f}", fontsize=8)
     figure.suptitle(f"{title}: {len(wrong)} of {len(labels)} wrong, the worst first", fontsize=10)

@@ -4,16 +4,18 @@ with labels and pixels of any type. A UserError names the file and what is wrong
 
 import contextlib
 import gzip
+import hashlib
 import pickle
 import re
+import zipfile
 import zlib
 
 import numpy as np
 
 from caps import UserError, first_line, package
-from caps.extras.images import listing
+from caps.extras.images import counted, listing
 
-MOST_CLASSES = 1000
+MOST_CLASSES = 256
 
 
 def plain(name):
@@ -30,7 +32,7 @@ def read_idx_sets(paths):
             raise UserError(f"{labels_path}: expected {len(images)} labels, one for each image of {images_path.name}, "
                             f"found {len(labels)}")
         images = images.swapaxes(1, 2) if plain(images_path.name).startswith("emnist") else images
-        labels = labels[:, 0] if labels.ndim > 1 else labels  # QMNIST's: the first column of several
+        labels = labels[:, 0] if labels.ndim > 1 and plain(labels_path.name).startswith("qmnist") else labels
         splits.append((images, labels.astype(np.int64)))
     return splits
 
@@ -94,7 +96,8 @@ def read_svhn(paths):
     for path in paths:
         with reading_errors(path):
             content = package("scipy.io").loadmat(path)
-            splits.append((content["X"].transpose(3, 0, 1, 2).astype(np.uint8), content["y"].ravel().astype(np.int64) % 10))
+            labels = content["y"].ravel().astype(np.int64)
+            splits.append((content["X"].transpose(3, 0, 1, 2).astype(np.uint8), np.where(labels == 10, 0, labels)))
     return splits
 
 
@@ -134,20 +137,38 @@ def read_cifar(paths):
 
 
 def read_npz(path, say):
-    """[(images, classes) to train, perhaps those to test] of an .npz file, its arrays named as Keras or MedMNIST do."""
+    """[(images, classes, keys) to train, perhaps those to test] of an .npz file, its arrays named as Keras or MedMNIST
+    do; keys are uint64 by the images' bytes."""
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"--dataset {path}: not an .npz file; expected one, or a folder")
     with reading_errors(path), np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
-    pairs = [[pair for pair in pairs if arrays.keys() >= set(pair)][:1] for pairs in (
-        [("x_train", "y_train"), ("train_images", "train_labels"), ("x", "y"), ("images", "labels")],
-        [("x_test", "y_test"), ("test_images", "test_labels")])]
-    if not pairs[0]:
-        raise UserError(f"--dataset {path}: expected arrays x_train, y_train, x_test, y_test or train_images, "
-                        f"train_labels, test_images, test_labels; found {listing(list(arrays), 8) or 'none'}")
-    used = [pair for found in pairs for pair in found]
-    if left := [f"{name} {'×'.join(map(str, arrays[name].shape))}" for name in arrays if name not in sum(used, ())]:
-        say(f"{len(left)} arrays left out: {listing(left)}")
-    return [(pixels_of(arrays[images], f"{path}: {images}"), names_of(arrays[labels], f"{path}: {labels}"))
-            for images, labels in used]
+        pairs = [[pair for pair in pairs if {*file.files} >= {*pair}][:1] for pairs in (
+            [("x_train", "y_train"), ("train_images", "train_labels"), ("x", "y"), ("images", "labels")],
+            [("x_test", "y_test"), ("test_images", "test_labels")])]
+        if not pairs[0]:
+            raise UserError(f"--dataset {path}: expected arrays x_train, y_train, x_test, y_test or train_images, "
+                            f"train_labels, test_images, test_labels, or x and y alone; found {listing(file.files, 8) or 'none'}")
+        used = sum(pairs, [])
+        if left := [name for name in file.files if name not in sum(used, ())]:
+            say(f"{counted(len(left), 'array')} left out: {listing(left)}")
+        try:
+            arrays = [[file[name] for name in pair] for pair in used]
+        except ValueError as error:
+            if "Object arrays" in str(error):
+                raise UserError(f"--dataset {path}: holds Python objects, which are not read; save images as numbers of one "
+                                "shape, and labels as numbers or by np.array(labels, dtype=str)") from error
+            raise
+    splits = []
+    for (images, labels), (images_name, labels_name) in zip(arrays, used):
+        images = pixels_of(images, f"{path}: {images_name}")
+        splits.append((images, names_of(labels, f"{path}: {labels_name}"), keys_of(images)))
+    return splits
+
+
+def keys_of(images):
+    """A uint64 for each of the images uint8 [n, ...], by its bytes."""
+    images = np.ascontiguousarray(images)
+    return np.frombuffer(b"".join(hashlib.blake2b(image.data, digest_size=8).digest() for image in images), ">u8")
 
 
 def pixels_of(array, what):
@@ -157,16 +178,16 @@ def pixels_of(array, what):
     if array.ndim not in (3, 4) or array.ndim == 4 and array.shape[3] not in (1, 3):
         raise UserError(f"{what} has the shape {'×'.join(map(str, array.shape))}, expected n×H×W, n×H×W×1 or n×H×W×3")
     array = array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
-    if array.dtype != np.uint8:
-        if array.dtype.kind not in "biuf" or not array.size or not np.isfinite(array).all() or array.min() < 0:
-            raise UserError(f"{what} is of {array.dtype} with values that are no pixels, expected 0 to 255, or 0 to 1")
-        top = array.max()
-        if array.dtype.kind in "bf" and top <= 1:
-            array = array * np.float64(255)
-        elif top > 255:
-            raise UserError(f"{what} goes up to {top}, expected pixels of 0 to 255, or 0 to 1")
-        array = array.round().astype(np.uint8) if array.dtype.kind == "f" else array.astype(np.uint8)
-    return array
+    if array.dtype.kind not in "biuf" or not array.size or not np.isfinite(array).all() or array.min() < 0:
+        values = (f"values from {array.min()}" if array.dtype.kind in "if" and array.size and np.isfinite(array).all() else
+                  "values that are not finite numbers")
+        raise UserError(f"{what} is of {array.dtype} with {values}, expected pixels of 0 to 255, or 0 to 1")
+    top = array.max()
+    if top > 255 or array.dtype.kind == "f" and 1.01 < top < 64:  # floats of another scale: 0 to 16, say
+        raise UserError(f"{what} goes up to {top}, expected pixels of 0 to 255, or 0 to 1; rescale it")
+    if top <= 1.01:
+        array = (array * np.float32(255)).clip(0, 255)
+    return array.round().astype(np.uint8) if array.dtype.kind == "f" else array.astype(np.uint8)
 
 
 def names_of(labels, what):
@@ -183,9 +204,8 @@ def names_of(labels, what):
                         "number or a name for each image")
     if labels.dtype.kind == "f" and not (np.isfinite(labels).all() and (labels == labels.round()).all()):
         raise UserError(f"{what} holds numbers that are not whole: a regression, no classes")
-    if labels.dtype.kind in "biuf":
-        labels = labels.astype(np.int64)
-    names = [text(label) for label in labels.tolist()]
+    number = labels.dtype.kind in "biuf"
+    names = [str(int(label)) if number else text(label) for label in labels.tolist()]
     if (count := len(set(names))) > MOST_CLASSES:
         raise UserError(f"{what} holds {count:,} different labels for {len(names):,} images: a regression? Expected at most "
                         f"{MOST_CLASSES:,} classes")

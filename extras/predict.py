@@ -20,7 +20,7 @@ from caps import UserError, extra, file_name, lengths, load_model, progress, rea
 from caps.extras.datasets import DIGITS
 from caps.extras.images import read_image
 from caps.extras.machine import choose_device
-from caps.extras.reading import Figure, Picture, read_picture
+from caps.extras.reading import Figure, Picture, read_picture, resized
 from caps.extras.runs import check_writable
 
 CHUNK = 256    # files read before the network sees them together
@@ -110,7 +110,7 @@ def read(path, invert, traits, bar):
     """The picture of a file, or None with a line on stderr."""
     bar.update()
     try:
-        picture = read_picture(path, invert, traits["framing"]) if traits["framing"] else whole(path, invert, traits)
+        picture = (characters if traits["framing"] else whole)(path, invert, traits)
     except Exception as error:  # Pillow's decoders raise a dozen kinds
         bar.write(f"{path}: cannot be read as an image ({getattr(error, 'strerror', None) or error})", file=sys.stderr)
         return None
@@ -119,13 +119,23 @@ def read(path, invert, traits, bar):
     return picture
 
 
+def characters(path, invert, traits):
+    """A picture with the digits or characters in it, of the size of the training images."""
+    picture = read_picture(path, invert, traits["framing"])
+    for figure in picture.figures:
+        if figure.image.shape != tuple(traits["image"][1:]):
+            figure.image = resized(figure.image, traits["image"][1:], Image.Resampling.BILINEAR)
+    return picture
+
+
 def whole(path, invert, traits):
     """A picture as one figure, of the size and channels of the training images."""
     channels, *size = traits["image"]
-    image, (height, width) = read_image(path, size, channels)
-    with Image.open(path) as file:
-        pages = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a phone's second picture is the same
+    image, (height, width), pages = read_image(path, size, channels)
     image = np.float32(255 - image if invert else image) / 255
+    if not 0.6 < width / height * size[0] / size[1] < 1.7:
+        print(f"{path}: {width}×{height} pixels, squeezed to {size[1]}×{size[0]}, the shape of the training images",
+              file=sys.stderr)
     return Picture((width, height), [Figure((0, 0, width, height), image)], pages=pages)
 
 

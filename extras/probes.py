@@ -57,11 +57,12 @@ def fit_angles(features, angles, labels, classes):
 
 
 def plot_orientation(results, path, classes, most=3):
-    """The capsule dimensions of one class, the third, that vary most with the angle; `results` maps titles to
-    orientation's, `classes` to the classes' names."""
+    """The capsule dimensions of one class that vary most with the angle: of the third, or where few of its images are
+    recognised, of that with the most. `results` maps titles to orientation's, `classes` to the classes' names."""
     figure, axes = new_figure(11, 3.2 * len(results), columns=most, rows=len(results))
     for row, (title, (angles, capsules, labels, _)) in enumerate(results.items()):
-        digit = min(2, len(classes[title]) - 1)
+        counts = np.bincount(labels, minlength=3)
+        digit = 2 if counts[2] > 5 else counts.argmax()
         x, values = angles[labels == digit], capsules[labels == digit]
         r = [np.corrcoef(x, dimension)[0, 1] for dimension in values.T]
         for axis, d in zip(axes[row * most:(row + 1) * most], np.argsort(-np.abs(r))):

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from caps import (COLUMNS, EVALUATION_BATCH, LATER, MODELS, RECIPE, UserError, World, class_scores, file_name,
-                  load_data_for, load_model, measure, new_model, number, parse, progress, read_checkpoint, set_title)
+                  load_model, measure, new_model, number, parse, progress, read_checkpoint, set_title)
 from caps.extras.claims import claims, nearness
-from caps.extras.datasets import earlier_traits
+from caps.extras.datasets import earlier_traits, load_data_for
 from caps.extras.diagram import plot_diagram
 from caps.extras.figures import ALL, plot_confusion, plot_curves, plot_roc
 from caps.extras.machine import choose_device
@@ -63,7 +63,11 @@ def run(args):
     nearest = {run.facts["model"]: run for run in sorted(runs, key=nearness) if run.title in tested}
     for run in nearest.values():
         images, scores, labels, _ = tested[run.title]
-        turned[run.title] = orientation(run.model, images, labels, run.facts["amp"])
+        found = orientation(run.model, images, labels, run.facts["amp"])
+        if np.bincount(found[2], minlength=1).max() > 5:
+            turned[run.title] = found
+        else:
+            run.missing.append("orientation: fewer than 6 images of each class are recognised")
         few = (each[::int(np.ceil(len(images) / args.images))] for each in (images, scores, labels))
         distorted[run.title] = robustness(run.model, *few, run.facts["amp"])
     write_page(out, records, tested, turned, distorted, args.images)
@@ -92,7 +96,8 @@ def read_run(folder):
         run.classes = traits["classes"]
         processes = f"{count} process{'es' if count > 1 else ''}" if count else "unfinished"
         run.title = f"{MODELS[model].__name__}, {processes}{'' if dataset == 'mnist' else f', {set_title(dataset)}'}"
-        run.full = bool(run.rows) and (dataset, run.facts.get("train_images")) == ("mnist", 60_000)
+        run.study_sized = traits["image"] == [1, 28, 28] and len(traits["classes"]) == 10
+        run.full = bool(run.rows) and run.study_sized and (dataset, run.facts.get("train_images")) == ("mnist", 60_000)
         study = vars(parse(["train", "--dataset", "mnist", *ONE_PROCESS]))  # the defaults are the study's recipe
         run.departures = [f"{k.replace('_', '-')} {run.facts[k]}" for k in RECIPE[1:] if run.facts[k] != study[k]]
         run.network = run.model or new_model(model, run.facts["iterations"], traits)
@@ -151,7 +156,7 @@ def write_page(out, records, tested, turned, distorted, images):
     classes = {run.title: run.classes for run in runs}
     tables = [f"**{title}**\n\n" + markdown([
         {"angle fitted from": kind, "R²": f"**{np.nanmean(r2):.2f}**", "mean error": f"{np.nanmean(error):.1f}°"}
-        | {f"R² of {name}": f"{r2[c]:.2f}" for c, name in enumerate(classes[title]) if len(r2) <= ALL}
+        | {f"R² of {name}": None if np.isnan(r2[c]) else f"{r2[c]:.2f}" for c, name in enumerate(classes[title]) if len(r2) <= ALL}
         for kind, (r2, error) in fit.items()]) for title, fit in fits.items()]
     networks = {run.facts["model"]: run for run in sorted(runs, key=nearness)}
     parts = [
@@ -204,4 +209,5 @@ def results_row(run):
 def markdown(rows):
     """A Markdown table of dictionaries with the same keys; None is a dash."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return "\n".join("| " + " | ".join("–" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join("–" if cell is None else str(cell).replace("|", "\\|") for cell in line) + " |"
+                     for line in lines)
