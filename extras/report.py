@@ -189,7 +189,7 @@ def write_page(out, records, tested, turned, distorted, images):
                 "one to the other side, or with Gaussian noise and cut to [0, 1]."),
         "## What is missing",
         "\n".join(f"* `{record.folder}`: {what}" for record in records for what in record.missing) or "Nothing."]
-    write_atomically(out / "report.md", lambda file: file.write_text("\n\n".join(parts) + "\n"))
+    write_atomically(out / "report.md", lambda file: file.write_text("\n\n".join(parts) + "\n", "utf-8", "replace"))
 
 
 def results_row(run):
