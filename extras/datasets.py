@@ -262,7 +262,7 @@ def load_embedded(note="", size=None, channels=None):
 def read_own(path, size, channels):
     """The data set in a folder, of IDX files or of images, or in an .npz file."""
     def say(line):
-        print(f"caps: {path}: {line}", flush=True)
+        print(f"caps: {path}: {line}".encode(errors="backslashreplace").decode(), flush=True)
 
     if os.path.isfile(path):
         splits = read_npz(path, say)

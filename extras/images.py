@@ -110,7 +110,7 @@ def read_folder(root, size, channels, say):
     left out. `size` and `channels` as for read_image; keys are uint64 by the files' bytes."""
     root = pathlib.Path(root)
     splits = find_splits(root, say)
-    listed = [(path, split, unicodedata.normalize("NFC", folder.name)) for split, top in enumerate(splits)
+    listed = [(path, split, class_name(folder)) for split, top in enumerate(splits)
               for folder in subfolders(top) for path in files_below(folder)]
     if not listed:
         flat = any(path.is_file() for path in splits[0].iterdir())
@@ -122,10 +122,14 @@ def read_folder(root, size, channels, say):
     for split, top in enumerate(splits):
         mine = [i for i, k in enumerate(kept) if listed[k][1] == split]
         found.append((images[mine], [listed[kept[i]][2] for i in mine], keys[mine]))
-        names = {unicodedata.normalize("NFC", folder.name): folder for folder in subfolders(top)}
-        if empty := [str(folder) for name, folder in names.items() if name not in found[-1][1]]:
+        if empty := [str(folder) for folder in subfolders(top) if class_name(folder) not in found[-1][1]]:
             say(f"{counted(len(empty), 'folder')} without images: {listing(empty)}")
     return found
+
+
+def class_name(folder):
+    """A folder's name as text, in whatever form its letters and bytes are."""
+    return unicodedata.normalize("NFC", folder.name.encode(errors="backslashreplace").decode())
 
 
 def subfolders(folder):
