@@ -26,8 +26,9 @@ EMBEDDED = "mnist5k"
 MNIST_SCALE = {"mean": [0.1307], "deviation": [0.3081]}
 
 # Of each set: torchvision's class, which downloads it, with its arguments for the training and the test files; its
-# files there; and the classes' names, of labels from `first` on.
-Named = collections.namedtuple("Named", "torchvision arguments files classes framing first", defaults=("", 0))
+# files; the classes' names, of labels from `first` on, None where a file has them; framing as in Data; torchvision's
+# folder, where that is not the class's.
+Named = collections.namedtuple("Named", "torchvision arguments files classes framing first folder", defaults=("", 0, ""))
 SPLITS = {"train": True}, {"train": False}
 
 
@@ -51,9 +52,9 @@ NAMED = {
     "emnist-digits": emnist("digits", DIGITS),
     "usps": Named("USPS", SPLITS, ["usps.bz2", "usps.t.bz2"], DIGITS, first=1),
     "svhn": Named("SVHN", [{"split": "train"}, {"split": "test"}], ["train_32x32.mat", "test_32x32.mat"], DIGITS),
-    "cifar10": Named("CIFAR10", [{}], ["cifar-10-batches-py/" + name for name in (
-        *(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta")], None),
-    "cifar100": Named("CIFAR100", [{}], ["cifar-100-python/" + name for name in ("train", "test", "meta")], None),
+    "cifar10": Named("CIFAR10", [{}], [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"], None,
+                     folder="cifar-10-batches-py"),
+    "cifar100": Named("CIFAR100", [{}], ["train", "test", "meta"], None, folder="cifar-100-python"),
 }
 NAMES = [*NAMED, EMBEDDED]
 
@@ -199,6 +200,8 @@ def load_named(name, data_dir, chosen, size, channels):
 def labelled(images, labels, about, path):
     """Images and labels from 0 on; UserError where the file `path` has others than those of the set."""
     last = about.first + len(about.classes) - 1
+    if labels.ndim > 1:
+        raise UserError(f"{path}: holds {labels.shape[1]} labels an image, expected one")
     if labels.min() < about.first or labels.max() > last:
         odd = labels.min() if labels.min() < about.first else labels.max()
         raise UserError(f"{path}: expected labels from {about.first} to {last}, found {odd}")
@@ -213,16 +216,11 @@ def find(name, data_dir):
     """(folder, {name in Named.files: file}) of a data set, in torchvision's layout or directly in `data_dir`; IDX files
     whatever the separators in their names, with or without .gz, perhaps each in a folder of its own name."""
     about, base = NAMED[name], pathlib.Path(data_dir)
-    if "/" in about.files[0]:  # CIFAR
-        found = [(folder, {file: folder.parent / file if folder.name == file.split("/")[0] else folder / file.split("/")[1]
-                           for file in about.files}) for folder in (base / about.files[0].split("/")[0], base)]
-        found = [(folder, {k: path for k, path in files.items() if path.is_file()}) for folder, files in found]
-        return max(found, key=lambda each: len(each[1]))
     # MNIST's relatives have files of the same names: a folder that is called after another one is not this one's.
     others = {plain(word) for key, other in NAMED.items() if other.files == about.files and key != name
               for word in (key, other.torchvision)}
     wanted, found = {plain(file): file for file in about.files}, []
-    for folder in (base / about.torchvision / "raw", base / about.torchvision, base / "raw", base):
+    for folder in (base / about.torchvision / "raw", base / about.torchvision, base / "raw", base / about.folder, base):
         files, called = {}, folder.resolve()
         if plain((called.parent if called.name == "raw" else called).name) in others:
             continue
