@@ -404,7 +404,7 @@ MODELS = {"alexcaps": AlexCapsNet, "rescaps": ResCapsNet}
 def new_model(name, iterations, traits):
     """A model of MODELS for a data set by its `traits` (see Data); ValueError where its images are too small."""
     scale = {key: traits[key] for key in ("mean", "deviation") if name == "alexcaps"}  # ResCapsNet has BatchNorm
-    return MODELS[name](len(traits["classes"]), traits["image"], iterations, **scale)
+    return MODELS[name](num_classes=len(traits["classes"]), image=traits["image"], iterations=iterations, **scale)
 
 
 def margin_loss(lengths, labels, m_plus=0.9, m_minus=0.1, down_weight=0.5):

@@ -19,7 +19,7 @@ from common import CAPS, FILES, ROOT, RUN, SET_UP, command, no_download, refused
 
 import caps
 from caps.csrc import extension
-from caps.extras import machine
+from caps.extras import machine, runs
 
 ALONE = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "")
 
@@ -174,7 +174,7 @@ def test_accuracy_at_chance_is_said_once(few, main, tmp_path, monkeypatch):
     data = few(tmp_path / "data", train=20, test=20)
     write_idx(data / FILES["train"][1], np.arange(200) % 10)  # labels of other images
     status, said = main("--data-dir", "data", "--epochs", "2")
-    assert status == 0 and said.startswith("caps: by step 7 ") and "--lr" in said and "labels" in said
+    assert status == 0 and said.startswith("caps: by step 14 ") and "--lr" in said and "labels" in said
     assert said.count("guessing") == 1
     monkeypatch.setattr(caps, "chance", lambda labels: 0.05)
     assert main("--data-dir", "data", "--epochs", "1") == (0, "")
@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_written_to(main, tmp_path, monkeypatch, finishe
     """As root may write everywhere: the system says so."""
     def denied(dir):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(caps.tempfile, "TemporaryFile", denied)
+    monkeypatch.setattr(runs.tempfile, "TemporaryFile", denied)
     status, line = main("--data-dir", finished.parent / "data")
     assert status == 2 and "runs: no files" in line and "Permission denied" in line and not list(tmp_path.iterdir())
 

@@ -30,7 +30,7 @@ def program(folder, body):
 
 
 DOUBLE = """
-caps.to_float = lambda images: images.unsqueeze(1).double() / 255
+caps.to_float = lambda images: images.double() / 255
 caps.move = lambda images, motion: images
 caps.MODELS["alexcaps"] = lambda **k: caps.AlexCapsNet(**k).double()
 class Rescaps(caps.ResCapsNet):
