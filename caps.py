@@ -1188,7 +1188,8 @@ def train_options(add):
     add("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY", help="use the weights' moving average")
     add("--lr-scale", choices=["none", "sqrt", "linear"], default="sqrt" if several else "none",
         help="scale --lr with the images a step over 32")
-    add("--warmup", type=number(float, 0), default=float(several), metavar="EPOCHS", help="in which the rate rises")
+    add("--warmup", type=number(float, 0), default=float(several), metavar="EPOCHS",
+        help="in which the rate rises; where it is not given, at least the first 100 steps of small sets of one's own")
     add("--graph", action="store_true", help="CUDA, one process: the step as one CUDA graph; not yet run on a GPU")
     add("--check", action="store_true", help="check options and data, build the native library, and stop")
     add("--seed", type=number(int, 0, 2**40), default=1, help="of weights, order, augmentation, held-out images")
