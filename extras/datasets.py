@@ -273,26 +273,26 @@ def read_own(path, size, channels):
         if about:  # the files of a set with a name
             splits = labelled(*train, about, paths[1]), labelled(*test, about, paths[3])
             return assemble(path, splits, about.classes, about.framing, size, channels)
-        splits = [(images, names_of(labels, labels_path), None)
+        splits = [(images, names_of(labels, labels_path))
                   for (images, labels), labels_path in ((train, paths[1]), (test, paths[3]))]
     else:
         splits = read_folder(path, size, channels, say)
-    for what, (images, names, _) in zip(("training", "test"), splits):
+    for what, (images, names, *_) in zip(("training", "test"), splits):
         if not len(images) == len(names) > 0:
             raise UserError(f"--dataset {path}: {len(images):,} {what} images with {len(names):,} labels, expected one "
                             "label for each image, and some")
     natural = splits[0][0].shape[1:3]
     if not size and max(natural) > LARGEST_SIDE:  # of arrays: a folder's images have become smaller one by one
         say(shrunk(natural))
-    classes = in_order({name for _, names, _ in splits for name in names})
+    classes = in_order({name for _, names, *_ in splits for name in names})
     label = {name: c for c, name in enumerate(classes)}
-    splits = [(images, np.array([label[name] for name in names]), keys) for images, names, keys in splits]
+    splits = [(images, np.array([label[name] for name in names]), *keys) for images, names, *keys in splits]
     note, split = "", "given"
     if len(splits) == 1:
         splits, split = split_off_a_fifth(path, *splits[0]), "fifth"
         note = f"{set_title(path)}: a fifth of each class, {counted(len(splits[1][0]), 'image')}, held out for the test"
-    report_classes(classes, [labels for _, labels, _ in splits], say)
-    if (top := max(images.max() for images, _, _ in splits)) < 64:
+    report_classes(classes, [labels for _, labels, *_ in splits], say)
+    if (top := max(images.max() for images, *_ in splits)) < 64:
         say(f"pixels go up to {top} of 255: dark images, or of another scale")
     data = assemble(path, [split[:2] for split in splits], classes, None, size, channels, note, split)
     channels, height, width = data.traits["image"]
@@ -301,11 +301,11 @@ def read_own(path, size, channels):
     return data
 
 
-def split_off_a_fifth(path, images, labels, keys):
-    """Images uint8, labels and keys, all [n], -> those to train and those to test: of each class the fifth, to the
-    nearest whole number, with the least keys, but at least one image of two. So an image stays on its side, whatever
-    --seed, --size and --grey are, and but for one at most whatever is added."""
-    order = np.lexsort((keys, labels))
+def split_off_a_fifth(path, images, labels, keys=None):
+    """Images uint8, labels and keys (by default the images'), all [n], -> images and labels to train and to test: of
+    each class the fifth, to the nearest whole number, with the least keys, but at least one image of two. So an image
+    stays on its side, whatever --seed, --size and --grey are, and but for one at most whatever is added."""
+    order = np.lexsort((keys_of(images) if keys is None else keys, labels))
     count = np.bincount(labels)
     place = np.arange(len(order)) - (count.cumsum() - count)[labels[order]]
     tests = np.where(count > 1, np.maximum(1, (count + 2) // 5), 0)
@@ -314,7 +314,7 @@ def split_off_a_fifth(path, images, labels, keys):
     if not held.any():
         raise UserError(f"--dataset {path}: {counted(len(images), 'image')}, one of each class: too few to hold some out; "
                         "add test images")
-    return [(images[part], labels[part], keys[part]) for part in (~held, held)]
+    return [(images[part], labels[part]) for part in (~held, held)]
 
 
 def in_order(names):

@@ -16,6 +16,7 @@ from matplotlib.path import Path
 from PIL import Image
 
 from caps import ResidualBlock
+from caps.extras import summary
 from caps.extras.datasets import load_embedded
 from caps.extras.figures import new_figure, pixels, shown
 from caps.extras.runs import check_writable, write_atomically
@@ -29,9 +30,7 @@ sample_digit = functools.cache(lambda: pixels(load_embedded().test_images[500]))
 
 
 def options(add):
-    for option in ("--model", "--iterations"):
-        add(option)
-    add("--checkpoint", required=False, help="the network of a run, in the place of --model's for MNIST")
+    summary.options(add)
     add("--out", default=".", help="folder to write to")
 
 

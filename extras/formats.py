@@ -137,8 +137,7 @@ def read_cifar(paths):
 
 
 def read_npz(path, say):
-    """[(images, classes, keys) to train, perhaps those to test] of an .npz file, its arrays named as Keras or MedMNIST
-    do; keys are uint64 by the images' bytes."""
+    """[(images, classes) to train, perhaps those to test] of an .npz file, its arrays named as Keras or MedMNIST do."""
     if not zipfile.is_zipfile(path):
         raise UserError(f"--dataset {path}: not an .npz file; expected one, or a folder")
     with reading_errors(path), np.load(path) as file:
@@ -158,11 +157,8 @@ def read_npz(path, say):
                 raise UserError(f"--dataset {path}: holds Python objects, which are not read; save images as numbers of one "
                                 "shape, and labels as numbers or by np.array(labels, dtype=str)") from error
             raise
-    splits = []
-    for (images, labels), (images_name, labels_name) in zip(arrays, used):
-        images = pixels_of(images, f"{path}: {images_name}")
-        splits.append((images, names_of(labels, f"{path}: {labels_name}"), keys_of(images)))
-    return splits
+    return [(pixels_of(images, f"{path}: {images_name}"), names_of(labels, f"{path}: {labels_name}"))
+            for (images, labels), (images_name, labels_name) in zip(arrays, used)]
 
 
 def keys_of(images):

@@ -5,6 +5,7 @@
 
 import concurrent.futures
 import hashlib
+import io
 import os
 import pathlib
 import time
@@ -51,7 +52,7 @@ def at_most(size):
 
 
 def read_image(path, size=None, channels=None):
-    """An image file -> (uint8 [H, W] or [H, W, 3], its own size (H, W), its pages, of which the first is read). Of
+    """An image file, by its path or opened -> (uint8 [H, W] or [H, W, 3], its own size (H, W), its pages, of which the first is read). Of
     `size`, by default its own up to 64×64, and 1 or 3 `channels`, by default its own; upright, transparent parts on the
     ground that strokes are seen on, 16 bits by their upper 8."""
     with Image.open(path) as file:
@@ -220,14 +221,14 @@ def decode(root, paths, size, channels, say):
     stop = []
 
     def read(part):
-        return [attempt(path, size, channels) for path in part if not stop]
+        return [attempt(paths[k], size, channels) for k in part if not stop]
 
     images, keys, kept, unread, several, first = [], [], [], [], [], None
     threads = concurrent.futures.ThreadPoolExecutor()
     parts = [range(start, min(start + TOGETHER, len(paths))) for start in range(0, len(paths), TOGETHER)]
     try:
         with progress(f"{root.name}: reading", total=len(paths), unit=" files") as bar:
-            for part, results in zip(parts, threads.map(lambda part: read([paths[k] for k in part]), parts)):
+            for part, results in zip(parts, threads.map(read, parts)):
                 for k, (image, natural, pages, key) in zip(part, results):
                     name = str(paths[k].relative_to(root))
                     if image is None:
@@ -265,8 +266,9 @@ def attempt(path, size, channels):
     try:
         if not path.is_file():
             return None, None, None, "no file"
-        content = hashlib.blake2b(path.read_bytes(), digest_size=8).digest()
-        return *read_image(path, size, channels), int.from_bytes(content, "big")
+        content = path.read_bytes()
+        key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+        return *read_image(io.BytesIO(content), size, channels), key
     except Exception as error:  # Pillow's decoders raise a dozen kinds
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
         return None, None, None, getattr(error, "strerror", None) or reason

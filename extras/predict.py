@@ -14,7 +14,6 @@ import sys
 
 import numpy as np
 import torch
-from PIL import Image
 
 from caps import UserError, extra, file_name, lengths, load_model, progress, read_checkpoint
 from caps.extras.datasets import DIGITS
@@ -124,7 +123,7 @@ def characters(path, invert, traits):
     picture = read_picture(path, invert, traits["framing"])
     for figure in picture.figures:
         if figure.image.shape != tuple(traits["image"][1:]):
-            figure.image = resized(figure.image, traits["image"][1:], Image.Resampling.BILINEAR)
+            figure.image = resized(figure.image, traits["image"][1:]).copy()  # writable, as torch wants it
     return picture
 
 
