@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import math
 import os
 import pathlib
 import re
@@ -307,10 +308,30 @@ class PrimaryCapsules(nn.Module):
         return squash(capsules.flatten(1, 3))
 
 
-class CapsNet(nn.Module):
-    """What both models share: images [B, C, H, W] in [0, 1] -> backbone -> primary -> digit capsules [B, J, 16]."""
+class Decoder(nn.Module):
+    """What one capsule of each sample tells of its image: capsules [B, J, D] -> [B, C, H, W] in [0, 1].
 
-    def __init__(self, image, backbone, primary, digits):
+    `which` [B], whole numbers in [0, J), are the labels while training; without it the longest capsules are decoded. All
+    others are masked by 0; fully connected layers of 512 and 1,024 ReLU units and a sigmoid. Section 4.1 of the paper.
+    """
+
+    def __init__(self, capsules, dim, image):
+        super().__init__()
+        self.image = tuple(image)
+        self.layers = nn.Sequential(nn.Linear(capsules * dim, 512), nn.ReLU(), nn.Linear(512, 1024), nn.ReLU(),
+                                    nn.Linear(1024, math.prod(image)), nn.Sigmoid())
+
+    def forward(self, capsules, which=None):
+        which = lengths(capsules).argmax(1) if which is None else which
+        mask = F.one_hot(which, capsules.shape[1]).to(capsules.dtype)                    # [B, J]
+        return self.layers((capsules * mask[:, :, None]).flatten(1)).unflatten(1, self.image)
+
+
+class CapsNet(nn.Module):
+    """What both models share: images [B, C, H, W] in [0, 1] -> backbone -> primary -> digit capsules [B, J, 16]; with
+    `labels` [B] too -> (these, what `decoder` makes of the labels' capsules), where the model has one."""
+
+    def __init__(self, image, backbone, primary, digits, decoder):
         super().__init__()
         self.image = tuple(image)                                               # (C, H, W)
         self.backbone, self.primary, self.digits = backbone, primary, digits
@@ -319,9 +340,12 @@ class CapsNet(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+        # After all others, so that these begin with the same weights for a seed, with and without it.
+        self.decoder = Decoder(*digits.weight.shape[1:3], image) if decoder else None
 
-    def forward(self, images):
-        return self.digits(self.primary(self.backbone(images)))
+    def forward(self, images, labels=None):
+        digits = self.digits(self.primary(self.backbone(images)))
+        return digits if labels is None else (digits, self.decoder(digits, labels))
 
 
 def check_image(image):
@@ -335,11 +359,11 @@ class AlexCapsNet(CapsNet):
     of 28×28, 7×7 of 64×64), `num_classes` digit capsules of 16 dimensions.
 
     Images [B, C, H, W], floats in [0, 1], with `image` = (C, H, W) -> [B, num_classes, 16]. `mean` and `deviation` of
-    the training images, a number for each channel or one for all, are MNIST's by default. ValueError for other shapes
-    and for H or W below 15.
+    the training images, a number for each channel or one for all, are MNIST's by default. `decoder`: with a Decoder.
+    ValueError for other shapes and for H or W below 15.
     """
 
-    def __init__(self, num_classes=10, image=(1, 28, 28), iterations=3, mean=(0.1307,), deviation=(0.3081,)):
+    def __init__(self, num_classes=10, image=(1, 28, 28), iterations=3, mean=(0.1307,), deviation=(0.3081,), decoder=False):
         channels, *sides = check_image(image)
         grid = [((side - 7) // 4 - 2) // 2 + 1 for side in sides]  # what the first convolution and its pooling leave
         if min(grid) < 1:
@@ -362,6 +386,7 @@ class AlexCapsNet(CapsNet):
             PrimaryCapsules(32, 8),
             CapsuleLayer(capsules, 8, num_classes, 16, iterations,
                          deviation=0.1 * (128 / capsules) ** 0.5),  # sums of votes as long on any grid as on 2×2
+            decoder,
         )
 
 
@@ -382,9 +407,9 @@ class ResidualBlock(nn.Module):
 class ResCapsNet(CapsNet):
     """Three residual blocks at 78×78, 16 types of 8-dimensional primary capsules on a 9×9 grid, `num_classes` digit
     capsules of 16 dimensions. Images [B, C, H, W], floats in [0, 1], with `image` = (C, H, W) -> [B, num_classes, 16].
-    """
+    `decoder`: with a Decoder."""
 
-    def __init__(self, num_classes=10, image=(1, 28, 28), iterations=3):
+    def __init__(self, num_classes=10, image=(1, 28, 28), iterations=3, decoder=False):
         super().__init__(
             check_image(image),
             nn.Sequential(
@@ -395,16 +420,19 @@ class ResCapsNet(CapsNet):
             ),
             PrimaryCapsules(16, 8),
             CapsuleLayer(16 * 9 * 9, 8, num_classes, 16, iterations),
+            decoder,
         )
 
 
 MODELS = {"alexcaps": AlexCapsNet, "rescaps": ResCapsNet}
 
 
-def new_model(name, iterations, traits):
-    """A model of MODELS for a data set by its `traits` (see Data); ValueError where its images are too small."""
-    scale = {key: traits[key] for key in ("mean", "deviation") if name == "alexcaps"}  # ResCapsNet has BatchNorm
-    return MODELS[name](num_classes=len(traits["classes"]), image=traits["image"], iterations=iterations, **scale)
+def new_model(config, traits):
+    """A model for a data set by its `traits` (see Data); of `config`, a recipe, "model", "iterations" and "decoder" are
+    read. ValueError where the images are too small."""
+    scale = {key: traits[key] for key in ("mean", "deviation") if config["model"] == "alexcaps"}  # ResCapsNet has BatchNorm
+    return MODELS[config["model"]](num_classes=len(traits["classes"]), image=traits["image"],
+                                   iterations=config["iterations"], decoder=config["decoder"] > 0, **scale)
 
 
 def margin_loss(lengths, labels, m_plus=0.9, m_minus=0.1, down_weight=0.5):
@@ -416,6 +444,12 @@ def margin_loss(lengths, labels, m_plus=0.9, m_minus=0.1, down_weight=0.5):
     present = F.relu(m_plus - lengths).square()
     absent = F.relu(lengths - m_minus).square()
     return (target * present + down_weight * (1 - target) * absent).sum(1).mean()
+
+
+def squared_errors(decoded, images):
+    """The sum of squared differences of each image [B, C, H, W] to what was decoded of it -> float32 [B], >= 0. Times
+    0.0005 it is the reconstruction loss of Sabour, Frosst and Hinton (2017), section 4.1."""
+    return (decoded.float() - images).square().flatten(1).sum(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -471,31 +505,9 @@ def load_data(dataset, data_dir=None, holdout=0, seed=1, size=None, channels=Non
     """`dataset` as on the command line; files of a set with a name are in the folder `data_dir` or else ./data, which
     `auto` may fall back from. Images are brought to `size` = (H, W) and to 1 or 3 `channels`, where these are given.
     `holdout` training images, of each class its share by a draw of `seed`, may take the test set's place."""
-    data = extra("datasets").read(dataset, data_dir, size, channels)
-    if not holdout:
-        return data
-    note = f"{data.note} evaluated on {holdout} training images held out, not on the test set".strip()
-    return dataclasses.replace(hold_out(data, holdout, seed), note=note)
-
-
-def hold_out(data, count, seed):
-    """The training images of `data` alone, `count` of them in the test set's place: each class's share, to the nearest
-    whole number, drawn by `seed`; one of each class stays."""
-    images, labels = data.train_images, data.train_labels
-    sizes = labels.bincount()
-    most = len(labels) - int((sizes > 0).sum())
-    if count > most:
-        raise UserError(f"--holdout {count}: expected at most {most} of the {len(labels)} training images, so that one "
-                        "of each class stays")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order[labels[order].argsort(stable=True)]                    # class by class, each in random order
-    place = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[order]]
-    rank = (place + 0.5) / sizes[labels[order]]                          # in (0, 1): the lowest hold each class's share
-    rank[place == sizes[labels[order]] - 1] = 2
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    held[order[rank.argsort(stable=True)[:count]]] = True
-    return dataclasses.replace(data, train_images=images[~held], train_labels=labels[~held],
-                               test_images=images[held], test_labels=labels[held])
+    datasets = extra("datasets")
+    data = datasets.read(dataset, data_dir, size, channels)
+    return datasets.hold_out(data, holdout, seed) if holdout else data
 
 
 def to_float(images):
@@ -595,7 +607,8 @@ class Run:
     average: nn.Module  # moving average of the model, or None
     graph: object  # extras/faster.py's StepGraph, which --graph puts in the place of update_weights, or None
     replaced: list  # files of the run that --overwrite gives up, until this one is saved
-    totals: torch.Tensor  # this epoch's summed loss and correct predictions on this process, float64 [2]
+    totals: torch.Tensor  # this epoch's summed margin loss, correct predictions and, with --decoder, squared errors on
+    # this process, float64 [2] or [3]
     history: list = dataclasses.field(default_factory=list)  # a row of metrics.csv per finished epoch
     position: int = 0  # images of the current epoch that are trained on
     seconds: float = 0.0  # spent training in the current epoch
@@ -642,11 +655,14 @@ def update_weights(run, index, motion, group_size):
         silent = world.size > 1 and number < len(parts)
         with run.net.no_sync() if silent else contextlib.nullcontext():
             with autocast(world.device, args.amp):
-                scores = lengths(run.net(images)).float()
-            loss = margin_loss(scores, labels) * len(part)
+                digits, *decoded = run.net(images, labels) if args.decoder else [run.net(images)]
+                scores = lengths(digits).float()
+            errors = [squared_errors(each, images).sum() for each in decoded]
+            margin = margin_loss(scores, labels) * len(part)
+            loss = sum((args.decoder * each for each in errors), margin)
             # DDP averages over processes: this makes the sum of all micro-steps the mean over the group.
             run.scaler.scale(loss * (world.size / group_size)).backward()
-        run.totals += torch.stack([loss.detach(), (scores.argmax(1) == labels).sum()])
+        run.totals += torch.stack([margin.detach(), (scores.argmax(1) == labels).sum(), *(each.detach() for each in errors)])
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -665,7 +681,7 @@ def progress(title, parts=None, hidden=False, **options):
 
 def train_epoch(run):
     """Train on every image once, from `run.position` on; the last are left out where the processes cannot share them
-    evenly. (mean loss, accuracy, images per second), or None where a signal stopped it, after saving."""
+    evenly. (means of the run's totals, images per second), or None where a signal stopped it, after saving."""
     args, world, total = run.args, run.world, len(run.data.train_images)
     count = total - (total - run.position) % world.size  # the position may be that of another number of processes
     order, motion = run.plan(run.epoch)
@@ -696,7 +712,7 @@ def train_epoch(run):
     totals = all_sum(world, run.totals).tolist()  # waits for the device
     check_finite(run, totals[0])
     run.seconds = time.perf_counter() - begun
-    return totals[0] / count, totals[1] / count, count / run.seconds
+    return [total / count for total in totals], count / run.seconds
 
 
 def learning_rate(args, world, epoch, progress):
@@ -735,18 +751,21 @@ def train(args, write=None, fast=None):
         trained = train_epoch(run)
         if trained is None:
             break
-        loss, accuracy, rate = trained
+        (loss, accuracy, *errors), rate = trained
         evaluated = evaluate_run(run)
         run.history.append(dict(zip(COLUMNS, (
             run.epoch + 1, loss, accuracy, evaluated[1]["test_loss"], evaluated[1]["test_accuracy"],
             learning_rate(args, world, run.epoch, 1), run.seconds, rate, args.dataset))))
+        for error in errors:
+            run.history[-1] |= {"train_squared_error": error, "usual_distance": extra("decoding").usual_distance(run)}
         run.position, run.seconds = 0, 0.0
         run.totals.zero_()
         save(run)
         if world.rank == 0:
             print("epoch {epoch:3d}/{epochs}  train loss {train_loss:.4f} accuracy {train_accuracy:.4f}  "
                   "test loss {test_loss:.4f} accuracy {test_accuracy:.4f}  lr {lr:.2e}  {seconds:.1f} s  "
-                  "{images_per_second:.0f} images/s".format(epochs=args.epochs, **run.history[-1]), flush=True)
+                  "{images_per_second:.0f} images/s".format(epochs=args.epochs, **run.history[-1]),
+                  *(f" squared error {error:.2f}" for error in errors), flush=True)
         learns = learning(run, learns)
     if run.signal:
         again = ["python", sys.argv[0], "--resume", str(run.folder / "last.pt")]
@@ -756,7 +775,7 @@ def train(args, write=None, fast=None):
     scores, result = evaluated or evaluate_run(run)  # or: a run that had all its epochs was resumed
     if write:
         from_rank0(world, lambda: extra("runs").naming_checkpoint(run.folder, lambda: write(
-            run.folder, f"after epoch {run.epoch}", facts_of(run), scores, result, run.data, world, run.history)))
+            run.folder, f"after epoch {run.epoch}", facts_of(run), run.tested, scores, result, run.data, world, run.history)))
     return 0
 
 
@@ -794,11 +813,11 @@ def start_run(args, world, fast=None):
     extra("machine").warn_of_bf16(world, args.amp)
     backend(world.device.type)  # compiles the operators, if need be, before there is a folder
     torch.manual_seed(args.seed)
-    model = new_model(args.model, args.iterations, data.traits).to(world.device)
+    model = new_model(vars(args), data.traits).to(world.device)
     on_gpu = world.device.type == "cuda"
     if world.size > 1 and on_gpu:  # SyncBatchNorm is CUDA's: on CPUs the statistics are each process's own
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    net = fast.trained_form(model, args, world, data.train_images) if fast else model
+    net = fast.trained_form(model, args, world, data) if fast else model
     if world.size > 1:
         net = nn.parallel.DistributedDataParallel(net, device_ids=[world.device.index] if on_gpu else None)
     # After all that takes time, so that a Ctrl-C leaves no empty folder; another run may have begun in --out meanwhile.
@@ -810,7 +829,7 @@ def start_run(args, world, fast=None):
               average=moving_average(model, lambda: run.steps, args.ema) if args.ema else None,
               graph=fast.StepGraph(args.batch_size * args.accumulate, 3 + args.flip, world.device)
               if fast and args.graph else None,
-              replaced=replaced, totals=torch.zeros(2, dtype=torch.float64, device=world.device))
+              replaced=replaced, totals=torch.zeros(2 + (args.decoder > 0), dtype=torch.float64, device=world.device))
     if checkpoint:
         try:
             restore(run, checkpoint)
@@ -857,8 +876,8 @@ def restore(run, checkpoint):
 
 # What defines a run: stored in its checkpoint, taken from there on --resume.
 RECIPE = ("model", "dataset", "holdout", "batch_size", "accumulate", "lr", "gamma", "step_size", "iterations", "amp",
-          "rotate", "shift", "ema", "lr_scale", "warmup", "seed", "size", "grey", "flip")
-LATER = {"size": None, "grey": False, "flip": False}  # what runs of earlier versions do not tell
+          "rotate", "shift", "ema", "lr_scale", "warmup", "seed", "size", "grey", "flip", "decoder")
+LATER = {"size": None, "grey": False, "flip": False, "decoder": 0.0}  # what runs of earlier versions do not tell
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds", "images_per_second",
            "dataset")
 PARTS = ("model", "average", "optimizer", "scaler")  # attributes of a Run that have a state_dict
@@ -867,7 +886,8 @@ STATE = ("history", "position", "steps", "seconds")  # attributes of a Run that 
 
 def prepare(args, processes=1):
     """Refuse all that can be refused: (args, checkpoint or None, data)."""
-    args, checkpoint = settle_resume(args)
+    runs = extra("runs")
+    args, checkpoint = runs.settle_resume(args)
     data = load_data(args.dataset, args.data_dir, args.holdout, args.seed, args.size and (args.size, args.size),
                      1 if args.grey else None)
     if len(data.train_images) < processes:
@@ -877,42 +897,15 @@ def prepare(args, processes=1):
                         "another order; it can be used, but not gone on with")
     try:
         with torch.device("meta"):
-            new_model(args.model, args.iterations, data.traits)
+            new_model(vars(args), data.traits)
     except ValueError as error:
         raise UserError(f"--model {args.model}, --dataset {data.name}: {error}; --size 28, say, resizes them") from error
     if not checkpoint and "warmup" not in args.given and data.wants_warmup:
         args.warmup = max(args.warmup, round(100 * args.batch_size * args.accumulate * processes / len(data.train_images), 2))
     args.dataset = data.name
-    extra("runs").files_to_replace(args)
-    extra("runs").check_writable(args.out or "runs")
+    runs.files_to_replace(args)
+    runs.check_writable(args.out or "runs")
     return args, checkpoint, data
-
-
-def settle_resume(args):
-    """(args, the checkpoint to go on from or None): the recipe and the folder are taken from the checkpoint. An option
-    that contradicts it is a UserError; --epochs and --out may differ."""
-    args.resume = extra("runs").find_resume(args)
-    if not args.resume:
-        return args, None
-    checkpoint = read_checkpoint(args.resume)
-    if lacking := {"job", "rng", "totals"} - checkpoint.keys():
-        raise UserError(f"{args.resume}: cannot be gone on with, it lacks {', '.join(sorted(lacking))}; it can be used")
-    if checkpoint["config"]["holdout"] and "format" not in checkpoint:
-        raise UserError(f"{args.resume}: of an earlier version, which held out the last images; it can be used, but not "
-                        "gone on with")
-    for key in RECIPE:
-        given, value = getattr(args, key), checkpoint["config"][key]
-        moved = key == "dataset" and key in args.given and os.path.isabs(given) and os.path.isabs(value)  # see digest
-        if key in args.given and given != value and (key, given) != ("dataset", "auto") and not moved:
-            raise UserError(f"--{key.replace('_', '-')} {given}: {args.resume} was trained with {value}; leave the "
-                            "option out, or start a new run")
-        setattr(args, key, given if moved else value)
-    if args.amp == "fp16" and lacks_gpu(args):
-        raise UserError(f"--resume {args.resume}: was trained with --amp fp16, which needs a GPU")
-    if "epochs" not in args.given:
-        args.epochs = checkpoint["config"]["epochs"]
-    args.out = args.out or str(pathlib.Path(args.resume).parent)
-    return args, checkpoint
 
 
 def lacks_gpu(args):
@@ -954,7 +947,7 @@ def read_checkpoint(path):
         if "traits" not in checkpoint:
             checkpoint["traits"] = extra("datasets").earlier_traits(config["dataset"])
         with torch.device("meta"):
-            new_model(config["model"], config["iterations"], checkpoint["traits"])
+            new_model(config, checkpoint["traits"])
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch.load raises whatever a foreign file leads it to
@@ -966,7 +959,7 @@ def read_checkpoint(path):
 def load_model(checkpoint, device):
     """The model of a checkpoint that is evaluated and used."""
     config = checkpoint["config"]
-    model = new_model(config["model"], config["iterations"], checkpoint["traits"])
+    model = new_model(config, checkpoint["traits"])
     weights = checkpoint["average"] or checkpoint["model"]  # AveragedModel adds a counter and a prefix to the names
     if checkpoint["average"] and "format" not in checkpoint and any("running" in name for name in weights):
         raise UserError(f"{checkpoint['path']}: of an earlier version, its averaged weights have BatchNorm statistics of "
@@ -1055,7 +1048,7 @@ def evaluate(args, write):
     scores = class_scores(model.to(world.device), data.test_images, world, args.amp)
     held, facts = config["holdout"], config | {"checkpoint": args.checkpoint, "amp": args.amp}
     what = (data.note or data.title) + f", not the {held} training images that the run was tested on" * bool(held)
-    from_rank0(world, lambda: write(folder, what, facts, scores, measure(scores, data.test_labels), data, world))
+    from_rank0(world, lambda: write(folder, what, facts, model, scores, measure(scores, data.test_labels), data, world))
     return 0
 
 
@@ -1126,6 +1119,8 @@ NEEDED = {  # what a mode imports sooner or later: looked for before it begins
 SHARED_OPTIONS = {
     "--model": dict(choices=list(MODELS), default="alexcaps", help="network"),
     "--iterations": dict(type=number(int, 1), default=3, help="routing iterations"),
+    "--decoder": dict(nargs="?", const=0.0005, default=0.0, type=number(float, 0, open_low=True), metavar="WEIGHT",
+                      help="also decode images from their capsule; the squared errors' sum, times WEIGHT, joins the loss"),
     "--dataset": dict(type=dataset_name, metavar="SET", help="auto (MNIST from disk or download, else mnist5k), a name "
                       "of docs/datasets.md, a folder of images (CLASS/*.png) or IDX files, or an .npz file"),
     "--data-dir": dict(type=file_name, metavar="DIR", default=os.environ.get("CAPS_DATA") or None,
@@ -1169,7 +1164,7 @@ def cpu_amp():
 def train_options(add):
     several = several_processes()
     natural, factor = number(int, 1), number(float, 0, 1, open_low=True)
-    for option in ("--model", "--iterations", "--data-dir", "--device"):
+    for option in ("--model", "--iterations", "--decoder", "--data-dir", "--device"):
         add(option)
     add("--dataset", default="auto")
     add("--amp", default=("fp16" if torch.cuda.is_available() else cpu_amp()) if several else "off")

@@ -10,6 +10,7 @@ from caps import MODELS
 
 def claims(runs, fits):
     """Rows of the claims table; `fits` is {title of a run: {kind of features: fit_angles' result}}."""
+    every, runs = runs, [run for run in runs if not run.facts["decoder"]]  # the study's networks have none
     judges = {(model, several): reference(runs, model, several) for model in MODELS for several in (False, True)}
     alex, res = pair = [judges[model, False] for model in MODELS]
     several, in_time = judges["alexcaps", True], "1.5 times or more, same device and amp"
@@ -37,9 +38,13 @@ def claims(runs, fits):
         ("The loss falls smoothly", "training loss, in 9 of 10 epochs, no rise above 10 %", judge_smooth, full or none),
         ("No instability with 3 iterations", "losses finite, no epoch loses more than 2 points of test accuracy",
          judge_stable, [run for run in full if run.facts["iterations"] == 3] or none),
-        ("Capsules preserve digit orientation", "R² of the angle at least 0.5 and above the length's, both", judge_both,
-         lambda run: 0.5 <= r2[run.title][0] > r2[run.title][1],
-         lambda run: "{:.2f}, from the length {:.2f}".format(*r2[run.title]), [run for run in full if run.title in r2])]
+        *((says, "R² of the angle at least 0.5 and above the length's, both",
+           judge_both, lambda run: 0.5 <= r2[run.title][0] > r2[run.title][1],
+           lambda run: "{:.2f}, from the length {:.2f}".format(*r2[run.title]),
+           sorted([run for run in every if run.full and run.title in r2 and (run.facts["decoder"] > 0) == decoder],
+                  key=nearness))
+          for decoder, says in ((False, "Capsules preserve digit orientation"),
+                                (True, "The same of networks with a decoder, which the study has not")))]
     words, rows = {True: "holds", False: "**does not hold**", None: "not measured"}, []
     for says, criterion, judge, *needs in table:  # a need that is a text says what is lacking
         lacking = [need for need in needs if isinstance(need, str)]

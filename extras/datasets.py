@@ -317,6 +317,27 @@ def split_off_a_fifth(path, images, labels, keys=None):
     return [(images[part], labels[part]) for part in (~held, held)]
 
 
+def hold_out(data, count, seed):
+    """The training images of `data` alone, `count` of them in the test set's place: each class's share, to the nearest
+    whole number, drawn by `seed`; one of each class stays."""
+    images, labels = data.train_images, data.train_labels
+    sizes = labels.bincount()
+    most = len(labels) - int((sizes > 0).sum())
+    if count > most:
+        raise UserError(f"--holdout {count}: expected at most {most} of the {len(labels)} training images, so that one "
+                        "of each class stays")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]                    # class by class, each in random order
+    place = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[order]]
+    rank = (place + 0.5) / sizes[labels[order]]                          # in (0, 1): the lowest hold each class's share
+    rank[place == sizes[labels[order]] - 1] = 2
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[order[rank.argsort(stable=True)[:count]]] = True
+    note = f"{data.note} evaluated on {count} training images held out, not on the test set".strip()
+    return dataclasses.replace(data, train_images=images[~held], train_labels=labels[~held],
+                               test_images=images[held], test_labels=labels[held], note=note)
+
+
 def in_order(names):
     """Classes' names in the order of their labels: as numbers where all of them are, else as text."""
     try:

@@ -24,8 +24,10 @@ from caps.extras.summary import described, layer_table, totals
 
 KINDS = {"Conv2d": ("Conv", "#a5c5e5"), "MaxPool2d": ("Max pool", "#dd8a8a"), "BatchNorm2d": ("BN", "#86bf86"),
          "ReLU": ("ReLU", "#f2a65a"), "PrimaryCapsules": ("Primary capsules", "#7fa8d1"),
-         "CapsuleLayer": ("Digit capsules", "#a78bca")}
+         "CapsuleLayer": ("Digit capsules", "#a78bca"), "Linear": ("Fully connected", "#c9b18f"),
+         "Sigmoid": ("Sigmoid", "#d9c46c")}
 BESIDE_BLOCK = 0.36  # inches, for the sum
+DECODER = 1.68       # inches, for its row
 sample_digit = functools.cache(lambda: pixels(load_embedded().test_images[500]))  # the first 5
 
 
@@ -46,13 +48,13 @@ def run(args):
 
 
 def diagram_stages(model):
-    """What a diagram draws, in order: a convolution or a new shape begins a stage, which other layers then join."""
+    """What a diagram draws, in order: a layer with weights or a new shape begins a stage, which other layers then join."""
     blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, ResidualBlock)]
     stages = []
     for name, kind, shape, count, _ in [("", "Image", model.image, 0, 0), *layer_table(model)]:
         layer = model.get_submodule(name)
         title, color = KINDS["Conv2d"] if isinstance(layer, nn.Conv2d) else KINDS.get(kind, (kind, "#d0d0d0"))
-        if not stages or shape != stages[-1].shape or title == "Conv":
+        if not stages or shape != stages[-1].shape or isinstance(layer, (nn.Conv2d, nn.Linear)):
             label = [title, getattr(layer, "mode", "")]
             if hasattr(layer, "kernel_size"):
                 kernel, stride = ("×".join(map(str, np.broadcast_to(n, 2))) for n in (layer.kernel_size, layer.stride))
@@ -72,11 +74,12 @@ def diagram_stages(model):
 def plot_diagram(model, path, traits=None):
     """Draw data's flow through a model into an .svg or .png file; the figure, whose coordinates are inches. `traits` of
     its data set, or else a digit and numbers for classes."""
-    maps, capsules = ([stage for stage in diagram_stages(model) if len(stage.shape) == n] for n in (3, 2))
+    maps, capsules, decoder = ([stage for stage in diagram_stages(model) if len(stage.shape) == n] for n in (3, 2, 1))
     beside = BESIDE_BLOCK * len({stage.block for stage in maps} - {None})
     longest = max(len(line) for stage in maps for line in stage.label + stage.table)
     pitch = max(0.057 * longest + 0.07, (7 - beside) / len(maps))
-    width, high, turn, low = 0.2 + pitch * len(maps) + beside, 3.65, 2.62, 1.38
+    lift = DECODER * bool(decoder)
+    width, high, turn, low = 0.2 + pitch * len(maps) + beside, 3.65 + lift, 2.62 + lift, 1.38 + lift
     roof = high + (0.77 if beside else 0.45) + 0.13 * max(len(stage.label) for stage in maps)
     height = roof + (0.6 if beside else 0.45)
     figure, (axis,) = new_figure(width, height)
@@ -85,7 +88,9 @@ def plot_diagram(model, path, traits=None):
     x = (width + 1.1 - sum(0.1 * stage.shape[1] + 1.7 for stage in capsules)) / 2
     draw_arrow(axis, (end, high), (edge, high), (edge, turn), (x - 0.5, turn), (x - 0.5, low), (x - 0.03, low))
     names = traits["classes"] if traits else map(str, range(capsules[-1].shape[0]))
-    draw_capsules(axis, x, low, capsules, [shown(name, 12) for name in names])
+    middle = draw_capsules(axis, x, low, capsules, [shown(name, 12) for name in names])
+    if decoder:
+        draw_decoder(axis, width, middle, decoder, sample, model.image)
     title = "{}: {:,} parameters, {:,} multiply-adds an image".format(type(model).__name__, *totals(layer_table(model)))
     draw_text(axis, width / 2, height - 0.2, [title], fontsize=9, weight="bold")
     key = "Below each layer: its output (channels × height × width, or capsules × dimensions) and its parameters"
@@ -144,7 +149,8 @@ def draw_maps(axis, x, y, stage, largest, sample):
 
 
 def draw_capsules(axis, x, y, stages, classes):
-    """Capsules around y, from x on, as pills with a dot for each dimension; the routing between them; the lengths."""
+    """Capsules around y, from x on, as pills with a dot for each dimension; the routing between them; the lengths. The
+    middle of the last capsules, below their table."""
     within = max(map(len, classes)) <= 2  # names that the circles of the lengths have room for
     sources = []
     for stage in stages:
@@ -170,6 +176,26 @@ def draw_capsules(axis, x, y, stages, classes):
     axis.plot(np.full(len(rows), end + 0.5), rows, "o", ms=10, mfc="white", mec="#444", mew=0.5)
     draw_text(axis, end + 0.5, y + 0.99, ["Lengths |v|", "longest: class"])
     draw_text(axis, end + 0.5, y - 0.95, [n])
+    return end - 0.05 * dim, y - 1.13
+
+
+def draw_decoder(axis, width, source, stages, sample, image):
+    """The decoder in a row below the capsules, from `source` on: the mask, a bar for each layer's units, the image."""
+    y, places = 0.84, width * (np.arange(len(stages) + 2) + 0.5) / (len(stages) + 2)
+    inputs = stages[0].layer.in_features
+    bars = [(inputs, ["#a78bca"], ["Mask of", "all but the longest"], [inputs, "0"])]
+    bars += [(stage.shape[0], stage.colors, stage.label, stage.table) for stage in stages]
+    draw_arrow(axis, source, (source[0], DECODER + 0.02), (places[0] - 0.55, DECODER + 0.02), (places[0] - 0.55, y), (places[0] - 0.06, y))
+    for x, following, (units, colors, label, table) in zip(places, places[1:], bars):
+        height = 0.14 * np.log2(max(units, 2)) ** 0.6
+        for i, color in enumerate(colors):
+            axis.add_patch(patches.Rectangle((x - 0.05 + 0.06 * i, y - height / 2), 0.06, height, fc=color, ec="#444", lw=0.5))
+        draw_text(axis, x, y + 0.55, label)
+        draw_text(axis, x, y - 0.42, table)
+        draw_arrow(axis, (x + 0.06 * len(colors) - 0.03, y), (following - (0.06 if following < places[-1] else 0.26), y))
+    draw_maps(axis, places[-1], y, SimpleNamespace(label=["Image"]), None, 0.6 * sample)
+    draw_text(axis, places[-1], y + 0.55, ["Decoded image"])
+    draw_text(axis, places[-1], y - 0.42, ["×".join(map(str, image))])
 
 
 def draw_text(axis, x, y, lines, **style):

@@ -6,8 +6,10 @@ import torch
 from PIL import Image, ImageOps
 
 from caps import _routing, lengths
+from caps.extras.decoding import decode, distances
 from caps.extras.figures import ALL, new_figure, pixels, shown
 from caps.extras.predict import name_of
+from caps.extras.reconstructions import draw_dimensions
 from caps.extras.runs import write_atomically
 
 SHOWN = 12  # figures of a picture
@@ -66,14 +68,17 @@ def plot_seen(path, picture, result, traits, drawing):
     write_atomically(drawing.with_name(f"{drawing.name}-seen.png"), figure.savefig)
 
 
-def plot_routing(model, picture, result, traits, drawing):
-    """`plot_explanation` of each digit in a result; of several, their numbers are in the files' names."""
+def plot_digits(model, picture, result, traits, drawing):
+    """`plot_explanation` and `plot_decoded` of each digit in a result; of several, their numbers are in the files'
+    names."""
     device = next(model.parameters()).device
     images = images_of(picture, result["digits"])
     for number, image in enumerate(images, 1):
         which = f"{number}-" if len(images) > 1 else ""
         image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)[None].to(device)
         plot_explanation(model, image, traits["classes"], drawing.with_name(f"{drawing.name}-{which}routing.png"))
+        if model.decoder:
+            plot_decoded(model, image[0], traits["classes"], drawing.with_name(f"{drawing.name}-{which}decoded.png"))
 
 
 @torch.no_grad()
@@ -108,4 +113,18 @@ def plot_explanation(model, image, names, path):
             axis.set(title=f"to class {shown(names[j])}{between}iteration {t + 1}", xticks=[], yticks=[], xlabel="primary grid")
             axis.grid(False)
         figure.colorbar(drawn, ax=row, label=f"coupling, sum over types\n(uniform: {uniform:.4g})", shrink=0.8)
+    write_atomically(path, figure.savefig)
+
+
+def plot_decoded(model, image, names, path):
+    """An image [C, H, W], what its longest capsule is decoded to, and that with each of the capsule's dimensions moved."""
+    figure, (given, made, moved) = new_figure(9.5, 5, columns=3, width_ratios=(1, 1, 2))
+    _, decoded = decode(model, image[None])
+    distance = distances(decoded, image[None]).item()
+    for axis, what, title in (given, image, "as the network sees it"), (made, decoded[0], f"decoded, {distance:.1f} away"):
+        axis.imshow(pixels(what), cmap="gray", vmin=0, vmax=1)
+        axis.set(title=title, xticks=[], yticks=[])
+        axis.grid(False)
+    draw_dimensions(moved, model, image, names)
+    moved.set(xlabel="added to the dimension", ylabel="dimension: how far it moves the image")
     write_atomically(path, figure.savefig)

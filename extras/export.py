@@ -24,7 +24,8 @@ def options(add):
 
 
 class WithLengths(nn.Module):
-    """images -> (lengths [B, J], capsules [B, J, 16]), what an exported model gives."""
+    """images -> (lengths [B, J], capsules [B, J, 16]) and, of a model with a decoder, what this makes of the longest
+    capsules, [B, C, H, W]: what an exported model gives."""
 
     def __init__(self, model):
         super().__init__()
@@ -32,7 +33,8 @@ class WithLengths(nn.Module):
 
     def forward(self, images):
         capsules = self.model(images)
-        return lengths(capsules), capsules
+        decoded = [self.model.decoder(capsules)] if self.model.decoder else []
+        return lengths(capsules), capsules, *decoded
 
 
 def run(args):
@@ -53,12 +55,13 @@ def run(args):
         what = "images of noise, for want of the data set"
         images = torch.randint(256, (200, *checkpoint["traits"]["image"]), dtype=torch.uint8)
     model = WithLengths(load_model(checkpoint, torch.device("cpu"))).eval()
+    outputs = ["lengths", "capsules"] + ["decoded"] * bool(model.model.decoder)
 
     def write(path):
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             torch.onnx.export(model, (to_float(images[:2]),), path, dynamo=True, external_data=False, verbose=False,
-                              input_names=["images"], output_names=["lengths", "capsules"],
+                              input_names=["images"], output_names=outputs,
                               dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
         content = onnx.load(path)
         onnx.helper.set_model_props(content, {"classes": json.dumps(checkpoint["traits"]["classes"])})
@@ -73,7 +76,7 @@ def run(args):
         if not worst <= 1e-5:
             raise UserError(f"{args.out}: not written, onnxruntime differs by {worst:.1e}, expected at most 1e-5")
         shape, classes = (", ".join(map(str, checkpoint["traits"]["image"])), len(checkpoint["traits"]["classes"]))
-        print(f"{args.out}: images [batch, {shape}] in [0, 1] -> lengths [batch, {classes}], capsules; onnxruntime "
+        print(f"{args.out}: images [batch, {shape}] in [0, 1] -> lengths [batch, {classes}], {', '.join(outputs[1:])}; onnxruntime "
               f"differs by at most {worst:.1e} over {len(images):,} {what}")
 
     write_atomically(out, write)

@@ -36,13 +36,14 @@ def keep_freed_memory():
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
 
 
-def trained_form(model, args, world, images):
-    """The model as it is trained on uint8 images [n, C, H, W]: compiled where that pays, else itself."""
-    if not pays_compiling(args, world, len(images)):
+def trained_form(model, args, world, data):
+    """The model as it is trained on a data set: compiled where that pays, else itself."""
+    if not pays_compiling(args, world, len(data.train_images)):
         return model
     if world.rank == 0:
         print(f"caps: compiling {caps.MODELS[args.model].__name__} for training", file=sys.stderr)
-    return compiled(model, images[:args.batch_size], args.amp)
+    labels = data.train_labels[:args.batch_size] if args.decoder else None
+    return compiled(model, data.train_images[:args.batch_size], args.amp, labels)
 
 
 def pays_compiling(args, world, images):
@@ -55,8 +56,9 @@ def pays_compiling(args, world, images):
     return args.model == "rescaps" and world.device.type == "cpu" and images >= 100 * args.batch_size
 
 
-def compiled(model, images, amp):
-    """The model as torch.compile makes it for training on uint8 images [B, C, H, W], or itself where that fails.
+def compiled(model, images, amp, labels=None):
+    """The model as torch.compile makes it for training on uint8 images [B, C, H, W], with its decoder on labels [B] too,
+    or itself where that fails.
 
     BatchNorm, ReLU and additions become fewer passes over tensors of 25 MB. In channels-last order torch's own
     BatchNorm would be almost as fast, but its sums leave 1 to 2 % of error in float32 gradients, these below 0.2 %.
@@ -71,7 +73,8 @@ def compiled(model, images, amp):
         # Among kernels in its cache torch 2.11 does not tell those for another number of threads.
         net = torch.compile(model, dynamic=False, options={"cpp.threads": torch.get_num_threads()})
         with caps.autocast(images.device, amp):
-            net(caps.to_float(images)).sum().backward()
+            made = net(caps.to_float(images), labels)
+        (made if labels is None else made[0].sum() + made[1]).sum().backward()
         torch.compiler.set_stance("eager_on_recompile")  # for an epoch's last, smaller group
     except Exception as error:  # whatever a compiler, or none, leads it to
         print(f"caps: trained without torch.compile, {caps.first_line(error)}", file=sys.stderr)

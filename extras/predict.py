@@ -9,6 +9,7 @@ import collections
 import glob
 import itertools
 import json
+import math
 import pathlib
 import sys
 
@@ -17,6 +18,7 @@ import torch
 
 from caps import UserError, extra, file_name, lengths, load_model, progress, read_checkpoint
 from caps.extras.datasets import DIGITS
+from caps.extras.decoding import distances
 from caps.extras.images import read_image
 from caps.extras.machine import choose_device
 from caps.extras.reading import Figure, Picture, read_picture, resized
@@ -38,7 +40,8 @@ def options(add):
     add("--invert", action="store_true", help="the digits are darker than their ground; by default this is found out, but "
         "for networks that take pictures whole: there it inverts them")
     for option, what in (("--show", "what was seen in each picture, as NAME-seen.png"),
-                         ("--explain", "each digit's routing, as NAME-routing.png")):
+                         ("--explain", "each digit's routing, as NAME-routing.png, and of a network with a decoder what "
+                          "it makes of the digit's capsule, as NAME-decoded.png")):
         add(option, nargs="?", const=".", metavar="DIR", type=file_name, help=f"also draw {what} in DIR (here)")
 
 
@@ -47,6 +50,7 @@ def run(args):
     device = choose_device(args.device)
     checkpoint = read_checkpoint(args.checkpoint)
     model, traits = load_model(checkpoint, device).eval(), checkpoint["traits"]
+    usual = usual_of(checkpoint)
     files = image_files(args.images)
     if not files:
         raise UserError(f"{' '.join(args.images)}: no files there; name images, a folder or a glob")
@@ -55,12 +59,12 @@ def run(args):
     with progress("predict", total=len(files)) as bar:
         for chunk in (files[start:start + CHUNK] for start in range(0, len(files), CHUNK)):
             pictures = [read(path, args.invert, traits, bar) for path in chunk]
-            scores = classify(model, [figure.image for picture in pictures if picture for figure in picture.figures])
+            found = classify(model, [figure.image for picture in pictures if picture for figure in picture.figures])
             for path, picture in zip(chunk, pictures):
                 if picture is None:
                     results.append(None)
                     continue
-                result = judge(picture, list(itertools.islice(scores, len(picture.figures))), traits)
+                result = judge(picture, list(itertools.islice(found, len(picture.figures))), traits, usual)
                 results.append({"file": str(path), **named(result, traits)})
                 if not args.json:
                     bar.write("\n".join(lines(path, result, args.digits, traits)))
@@ -68,6 +72,12 @@ def run(args):
     if args.json:
         print(json.dumps([result for result in results if result], indent=1))
     return int(None in results)
+
+
+def usual_of(checkpoint):
+    """The distance that 99 % of the training images keep from what is decoded of them; infinite where a run has no decoder
+    or finished no epoch."""
+    return next((row.get("usual_distance", math.inf) for row in checkpoint["history"][-1:]), math.inf)
 
 
 def image_files(patterns):
@@ -101,7 +111,7 @@ def drawer(args, model, traits, files):
         if args.show:
             explain.plot_seen(files[i], picture, result, traits, pathlib.Path(args.show, names[i]))
         if args.explain:
-            explain.plot_routing(model, picture, result, traits, pathlib.Path(args.explain, names[i]))
+            explain.plot_digits(model, picture, result, traits, pathlib.Path(args.explain, names[i]))
     return draw
 
 
@@ -140,11 +150,15 @@ def whole(path, invert, traits):
 
 @torch.no_grad()
 def classify(model, images):
-    """Capsule lengths [J] of each image [H, W] or [H, W, C], one by one out of batches."""
+    """(capsule lengths [J], distance of what is decoded, 0 without a decoder) of each image [H, W] or [H, W, C], one by
+    one out of batches."""
     device = next(model.parameters()).device
     for start in range(0, len(images), CHUNK):
         batch = torch.from_numpy(np.stack(images[start:start + CHUNK])).reshape(-1, *images[0].shape[:2], model.image[0])
-        yield from lengths(model(batch.permute(0, 3, 1, 2).contiguous().to(device))).cpu()
+        batch = batch.permute(0, 3, 1, 2).contiguous().to(device)
+        capsules = model(batch)
+        far = distances(model.decoder(capsules), batch) if model.decoder else batch.new_zeros(len(batch))
+        yield from zip(lengths(capsules).cpu(), far.tolist())
 
 
 def kind(traits):
@@ -152,31 +166,36 @@ def kind(traits):
     return "class" if not traits["framing"] else "digit" if traits["classes"] == DIGITS else "character"
 
 
-def doubts(lengths, traits):
-    """Why the class of these capsule lengths [J] may be wrong, or None."""
+def doubts(lengths, distance, traits, usual):
+    """Why the class of these capsule lengths [J] may be wrong, or None. An image that is further from what was decoded of
+    it than is `usual` shows something else."""
     what, names = kind(traits), traits["classes"]
     ordered = lengths.argsort(descending=True).tolist()
     longest, second = [*lengths[ordered].tolist(), 0.0][:2]
     limit = LENGTH if what == "digit" else PRESENT
+    other = "none of the classes" if what == "class" else f"no {what}"
     if longest <= limit:
-        other = "none of the classes" if what == "class" else f"no {what}"
         return f"perhaps {other}, no capsule is longer than {limit}"
     if longest - second < MARGIN if what == "digit" else second > PRESENT:
         return f"{names[ordered[0]]} or {names[ordered[1]]}"
+    if distance > usual:
+        return f"perhaps {other}, decoded to something {distance:.1f} away, above the usual {usual:.1f}"
     return None
 
 
-def judge(picture, scores, traits):
-    """What a picture shows, by its figures' capsule lengths [J], as the object that --json prints but for `named`:
+def judge(picture, found, traits, usual=math.inf):
+    """What a picture shows, by what `classify` found of its figures, as the object that --json prints but for `named`:
     `result` is "digit", "digits", "no digit" or "blank" ("character" for other characters, "class" for a picture taken
     whole), `text` the digits with / between rows, `uncertain` a reason or null."""
     what, names, digits = kind(traits), traits["classes"], []
-    for figure, score in zip(picture.figures, scores):
+    for figure, (score, distance) in zip(picture.figures, found):
         first = score.argmax().item()
-        doubt = "a blot, no stroke" if figure.stroke > BLOT else doubts(score, traits)
+        doubt = "a blot, no stroke" if figure.stroke > BLOT else doubts(score, distance, traits, usual)
         digits.append({"digit": first} if what == "digit" else {"class": names[first]})
         digits[-1] |= {"row": figure.row, "box": list(figure.box), "uncertain": doubt,
                        "lengths": [round(length, 4) for length in score.tolist()]}
+        if usual < math.inf:
+            digits[-1]["distance"] = round(distance, 2)
     sure = [digit for digit in digits if not digit["uncertain"]]
     def height(digit):
         return digit["box"][3] - digit["box"][1]
@@ -208,7 +227,8 @@ def named(result, traits):
         return result
     figures = [figure | {"lengths": dict(zip(traits["classes"], figure["lengths"]))} for figure in result["digits"]]
     facts = {key: value for key, value in result.items() if key != "digits"}
-    return facts | ({"lengths": figures[0]["lengths"]} if what == "class" else {"characters": figures})
+    taken = {key: figures[0][key] for key in ("lengths", "distance") if key in figures[0]}
+    return facts | (taken if what == "class" else {"characters": figures})
 
 
 def name_of(digit):

@@ -16,6 +16,7 @@ import torch
 
 from caps import (COLUMNS, EVALUATION_BATCH, LATER, MODELS, RECIPE, UserError, World, class_scores, file_name,
                   load_model, measure, new_model, number, parse, progress, read_checkpoint, set_title)
+from caps.extras import compare
 from caps.extras.claims import claims, nearness
 from caps.extras.datasets import earlier_traits, load_data_for
 from caps.extras.diagram import plot_diagram
@@ -54,23 +55,31 @@ def run(args):
         run.title += f" ({run.folder})"
     check_writable(out)
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of classes without images; their places stay empty
-    tested, turned, distorted = {}, {}, {}
+    tested, turned, distorted, fits = {}, {}, {}, {}
     for run in (run for run in runs if run.model):
         try:
             tested[run.title] = test_again(run, args.data_dir, device)
         except UserError as error:
             run.missing.append(f"not tested, so without ROC, orientation and robustness: {error}")
-    nearest = {run.facts["model"]: run for run in sorted(runs, key=nearness) if run.title in tested}
-    for run in nearest.values():
-        images, scores, labels, _ = tested[run.title]
+    able = [run for run in runs if run.title in tested]
+    nearest = {(run.facts["model"], run.facts["decoder"] > 0): run.title for run in sorted(able, key=nearness)}
+    pairs = compare.pairs(able)
+    compared = {run.title for pair in pairs for kind in pair for run in kind}
+    for run in (run for run in able if run.title in compared or run.title in nearest.values()):
+        images, scores, labels, result = tested[run.title]
         found = orientation(run.model, images, labels, run.facts["amp"])
         if np.bincount(found[2], minlength=1).max() > 5:
-            turned[run.title] = found
+            fits[run.title] = found[3]
         else:
             run.missing.append("orientation: fewer than 6 images of each class are recognised")
         few = (each[::int(np.ceil(len(images) / args.images))] for each in (images, scores, labels))
-        distorted[run.title] = robustness(run.model, *few, run.facts["amp"])
-    write_page(out, records, tested, turned, distorted, args.images)
+        robust = robustness(run.model, *few, run.facts["amp"])
+        r2 = next(iter(found[3].values()))[0] if run.title in fits else None
+        run.knowledge = compare.knowledge(result["test_accuracy"], r2, robust)
+        if run.title in nearest.values():
+            turned |= {run.title: found} if run.title in fits else {}
+            distorted[run.title] = robust
+    write_page(out, records, tested, fits, turned, distorted, pairs, args.images)
     for record, what in ((record, what) for record in records for what in record.missing):
         print(f"caps: {record.folder}: {what}", file=sys.stderr)
     print(f"{len(runs)} run(s): {out / 'report.md'}")
@@ -95,12 +104,13 @@ def read_run(folder):
         traits = run.facts["traits"] = run.facts.get("traits") or earlier_traits(dataset)
         run.classes = traits["classes"]
         processes = f"{count} process{'es' if count > 1 else ''}" if count else "unfinished"
-        run.title = f"{MODELS[model].__name__}, {processes}{'' if dataset == 'mnist' else f', {set_title(dataset)}'}"
+        decoder = " with decoder" * (run.facts["decoder"] > 0)
+        run.title = f"{MODELS[model].__name__}{decoder}, {processes}{'' if dataset == 'mnist' else f', {set_title(dataset)}'}"
         run.study_sized = traits["image"] == [1, 28, 28] and len(traits["classes"]) == 10
         run.full = bool(run.rows) and run.study_sized and (dataset, run.facts.get("train_images")) == ("mnist", 60_000)
         study = vars(parse(["train", "--dataset", "mnist", *ONE_PROCESS]))  # the defaults are the study's recipe
         run.departures = [f"{k.replace('_', '-')} {run.facts[k]}" for k in RECIPE[1:] if run.facts[k] != study[k]]
-        run.network = run.model or new_model(model, run.facts["iterations"], traits)
+        run.network = run.model or new_model(run.facts, traits)
         run.size = totals(layer_table(run.network))
         if run.rows and len(run.rows) != run.facts["epochs"]:
             run.missing.append(f"summary.json is of {run.facts['epochs']} epochs, metrics.csv of {len(run.rows)}")
@@ -141,8 +151,9 @@ def test_again(run, data_dir, device):
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-def write_page(out, records, tested, turned, distorted, images):
-    """report.md and its pictures in the folder `out`; results are by title, `images` at most were distorted."""
+def write_page(out, records, tested, fits, turned, distorted, pairs, images):
+    """report.md and its pictures in the folder `out`; results are by title, `images` at most were distorted, `pairs` are
+    compare's."""
     def section(title, name, plot, content, *text):
         path = out / f"{name}.png"
         path.unlink(missing_ok=True)
@@ -152,13 +163,13 @@ def write_page(out, records, tested, turned, distorted, images):
         return "\n\n".join([title, shown, *text])
 
     runs = [run for run in records if run.facts]
-    fits = {title: fits for title, (_, _, _, fits) in turned.items()}
+    drawn = compare.of_one_seed(runs)
     classes = {run.title: run.classes for run in runs}
     tables = [f"**{title}**\n\n" + markdown([
         {"angle fitted from": kind, "R²": f"**{np.nanmean(r2):.2f}**", "mean error": f"{np.nanmean(error):.1f}°"}
         | {f"R² of {name}": None if np.isnan(r2[c]) else f"{r2[c]:.2f}" for c, name in enumerate(classes[title]) if len(r2) <= ALL}
-        for kind, (r2, error) in fit.items()]) for title, fit in fits.items()]
-    networks = {run.facts["model"]: run for run in sorted(runs, key=nearness)}
+        for kind, (r2, error) in fits[title].items()]) for title in turned]
+    networks = {run.facts["model"]: run for run in sorted(runs, key=lambda run: (not run.facts["decoder"], nearness(run)))}
     parts = [
         "# AlexCapsNet and ResCapsNet, claim by claim",
         "Written by `caps.py report` from the files of finished runs. Accuracies are those after the last epoch; "
@@ -168,10 +179,12 @@ def write_page(out, records, tested, turned, distorted, images):
         "## What the study claims", markdown(claims(runs, fits)),
         "Judged by finished runs on full MNIST; of several, by that with the most epochs, 20 at most counted, then "
         "the one nearest to the study's recipe.",
-        section("## Accuracy and loss", "curves", plot_curves, {run.title: run.rows for run in runs if run.rows}),
+        section("## Accuracy and loss", "curves", plot_curves, {run.title: run.rows for run in drawn if run.rows},
+                "Of runs that differ in their seed alone, the pictures show the one of the least; the table above has all."),
         section("## Confusion matrices", "confusion", plot_confusion,
-                {run.title: run.facts | {"classes": run.classes} for run in runs if "confusion" in run.facts}),
-        section("## ROC, one class against the rest", "roc", plot_roc, {t: tested[t][1:] for t in tested}),
+                {run.title: run.facts | {"classes": run.classes} for run in drawn if "confusion" in run.facts}),
+        section("## ROC, one class against the rest", "roc", plot_roc,
+                {run.title: tested[run.title][1:] for run in drawn if run.title in tested}),
         "## Architectures", *(section(f"### {MODELS[model].__name__}", f"diagram-{model}",
                                       functools.partial(plot_diagram, traits=run.facts["traits"]), run.network)
                               for model, run in networks.items()),
@@ -187,6 +200,11 @@ def write_page(out, records, tested, turned, distorted, images):
         section("## Robustness", "robustness", plot_robustness, distorted,
                 f"{images:,} test images at most, evenly over the test set, rotated or shifted sideways, every other "
                 "one to the other side, or with Gaussian noise and cut to [0, 1]."),
+        "## What a decoder changes",
+        *([markdown([row for pair in pairs for row in compare.rows(pair)]), *map(compare.verdict, pairs),
+           "Mean ± standard deviation over seeds; R² is that of the 16 numbers of the winning capsule; accuracies under a "
+           "distortion are means over its levels above. Differences are named by Welch's t-test, at 5 % each."] if pairs else
+          ["Not measured: no runs with and without `--decoder` that are alike but for their seed."]),
         "## What is missing",
         "\n".join(f"* `{record.folder}`: {what}" for record in records for what in record.missing) or "Nothing."]
     write_atomically(out / "report.md", lambda file: file.write_text("\n\n".join(parts) + "\n", "utf-8", "replace"))

@@ -9,13 +9,14 @@ import sys
 import torch
 
 from caps import MODELS, __version__, backend
-from caps.extras import figures
+from caps.extras import figures, reconstructions
 from caps.extras.runs import write_atomically
 
 
-def write_results(folder, what, facts, scores, result, data, world, history=()):
-    """summary.json, confusion.png, roc.png and misclassified.png of class scores [n, J] on the test set of `data` and
-    `measure`'s `result`; curves.png of a training's history, rows of metrics.csv. `what` begins the line that is said.
+def write_results(folder, what, facts, model, scores, result, data, world, history=()):
+    """summary.json, confusion.png, roc.png and misclassified.png of a model's class scores [n, J] on the test set of
+    `data` and `measure`'s `result`; curves.png of a training's history, rows of metrics.csv; of a model with a decoder
+    reconstructions.png and dimensions.png. `what` begins the line that is said.
     """
     title, classes = f"{MODELS[facts['model']].__name__}, {data.title}", data.traits["classes"]
     write_json(folder / "summary.json", facts | {"dataset": data.name, "traits": data.traits, "note": data.note,
@@ -26,6 +27,9 @@ def write_results(folder, what, facts, scores, result, data, world, history=()):
     figures.plot_confusion({title: result}, folder / "confusion.png")
     figures.plot_roc({title: (scores, data.test_labels, result)}, folder / "roc.png")
     figures.plot_misclassified(data.test_images, scores, data.test_labels, classes, title, folder / "misclassified.png")
+    if model.decoder:
+        reconstructions.plot_results(model.eval(), data.test_images, scores, data.test_labels, classes, title, folder,
+                                     facts["amp"])
     auc = "unknown" if result["macro_auc"] is None else f"{result['macro_auc']:.5f}"
     print(f"{what}: test accuracy {100 * result['test_accuracy']:.2f} %, macro AUC {auc}; files in {folder}")
 

@@ -9,9 +9,11 @@ import tempfile
 
 import torch
 
-from caps import COLUMNS, UserError, read_checkpoint, set_title
+import caps
+from caps import COLUMNS, RECIPE, UserError, read_checkpoint, set_title
 
-RUN_FILES = ("last.pt", "metrics.csv", "summary.json", "curves.png", "confusion.png", "roc.png", "misclassified.png")
+RUN_FILES = ("last.pt", "metrics.csv", "summary.json", "curves.png", "confusion.png", "roc.png", "misclassified.png",
+             "reconstructions.png", "dimensions.png")
 # One name for all processes and restarts of a job; torchrun's own is unique with --standalone alone.
 JOB = os.environ.get("CAPS_JOB", "") + os.environ.get("TORCHELASTIC_RUN_ID", "")
 
@@ -33,6 +35,33 @@ def find_resume(args):
             raise UserError(f"--resume: no {folder or 'runs'}/{pattern} here; name a checkpoint file")
         return str(found[0])
     return args.resume
+
+
+def settle_resume(args):
+    """(args, the checkpoint to go on from or None): the recipe and the folder are taken from the checkpoint. An option
+    that contradicts it is a UserError; --epochs and --out may differ."""
+    args.resume = find_resume(args)
+    if not args.resume:
+        return args, None
+    checkpoint = read_checkpoint(args.resume)
+    if lacking := {"job", "rng", "totals"} - checkpoint.keys():
+        raise UserError(f"{args.resume}: cannot be gone on with, it lacks {', '.join(sorted(lacking))}; it can be used")
+    if checkpoint["config"]["holdout"] and "format" not in checkpoint:
+        raise UserError(f"{args.resume}: of an earlier version, which held out the last images; it can be used, but not "
+                        "gone on with")
+    for key in RECIPE:
+        given, value = getattr(args, key), checkpoint["config"][key]
+        moved = key == "dataset" and key in args.given and os.path.isabs(given) and os.path.isabs(value)  # see digest
+        if key in args.given and given != value and (key, given) != ("dataset", "auto") and not moved:
+            raise UserError(f"--{key.replace('_', '-')} {given}: {args.resume} was trained with {value}; leave the "
+                            "option out, or start a new run")
+        setattr(args, key, given if moved else value)
+    if args.amp == "fp16" and caps.lacks_gpu(args):
+        raise UserError(f"--resume {args.resume}: was trained with --amp fp16, which needs a GPU")
+    if "epochs" not in args.given:
+        args.epochs = checkpoint["config"]["epochs"]
+    args.out = args.out or str(pathlib.Path(args.resume).parent)
+    return args, checkpoint
 
 
 def files_to_replace(args):
@@ -112,6 +141,6 @@ def write_checkpoint(path, content):
 
 def write_metrics(path, rows):
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, rows[0] if rows else COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

@@ -11,6 +11,7 @@ from caps import CapsuleLayer, UserError, extra, load_model, new_model, read_che
 def options(add):
     add("--model")
     add("--iterations")
+    add("--decoder")
     add("--checkpoint", required=False, help="the network of a run, in the place of --model's for MNIST")
 
 
@@ -18,8 +19,8 @@ def described(args):
     """(the network that options name, its name in MODELS, the traits of its data set)."""
     if not args.checkpoint:
         traits = extra("datasets").earlier_traits("mnist")
-        return new_model(args.model, args.iterations, traits), args.model, traits
-    if told := {"model", "iterations"} & args.given:
+        return new_model(vars(args), traits), args.model, traits
+    if told := {"model", "iterations", "decoder"} & args.given:
         raise UserError(f"--{min(told)}: the checkpoint tells it; leave one of them out")
     checkpoint = read_checkpoint(args.checkpoint)
     return load_model(checkpoint, torch.device("cpu")), checkpoint["config"]["model"], checkpoint["traits"]
@@ -41,8 +42,8 @@ def run(args):
 def layer_table(model):
     """Rows (name, kind, output shape, parameters, multiply-adds) for one image, in the order of computation.
 
-    Multiply-adds count convolutions, and for a capsule layer the votes (N·J·D·K) and each iteration's weighted sum
-    and agreement (N·J·D each, no agreement after the last); elementwise work is not counted.
+    Multiply-adds count convolutions, fully connected layers, and for a capsule layer the votes (N·J·D·K) and each
+    iteration's weighted sum and agreement (N·J·D each, no agreement after the last); elementwise work is not counted.
     """
     rows = []
 
@@ -53,13 +54,16 @@ def layer_table(model):
         elif isinstance(module, CapsuleLayer):
             n, j, d, k = module.weight.shape
             multiply_adds = n * j * d * (k + 2 * module.iterations - 1)
+        elif isinstance(module, nn.Linear):
+            multiply_adds = module.weight.numel()
         parameters = sum(p.numel() for p in module.parameters())
         rows.append((name, type(module).__name__, tuple(output.shape[1:]), parameters, multiply_adds))
 
     hooks = [module.register_forward_hook(functools.partial(record, name)) for name, module in model.named_modules()
              if not list(module.children())]
+    image = torch.zeros(1, *model.image, device=next(model.parameters()).device)
     with torch.no_grad():
-        model.eval()(torch.zeros(1, *model.image, device=next(model.parameters()).device))
+        model.eval()(image, image[:, 0, 0, 0].long() if model.decoder else None)
     for hook in hooks:
         hook.remove()
     return rows

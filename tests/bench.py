@@ -54,6 +54,7 @@ def main():
     command = commands.add_parser("pictures", help="digits as people photograph, scan and draw them")
     command.add_argument("--checkpoint", type=Path, required=True)
     command.add_argument("--count", type=int, default=300, help="pictures of each kind")
+    command.add_argument("--fashion", help="folder of Fashion-MNIST's IDX files, for clothes in place of digits")
     command.set_defaults(run=pictures)
     command = commands.add_parser("all", help="ops, scale, train and ddp")
     command.set_defaults(run=everything, sizes=None)

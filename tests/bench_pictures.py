@@ -1,6 +1,7 @@
 """The measurements of bench.py `pictures`: accuracy on pictures as people make them, and what is taken for a digit."""
 import functools
 import io
+import math
 import multiprocessing
 import os
 
@@ -15,12 +16,13 @@ from caps.extras import datasets, predict, reading
 
 @functools.cache
 def network(checkpoint):
-    """The network of a checkpoint, and the images that it was not trained on: those held out, or the test set."""
+    """The network of a checkpoint and its usual distance, and the images that it was not trained on: those held out, or
+    the test set."""
     content = caps.read_checkpoint(checkpoint)
     config = content["config"]
     data = caps.load_data(config["dataset"], os.environ.get("CAPS_DATA"), config["holdout"], config["seed"])
     model = caps.load_model(content, torch.device("cpu")).eval()
-    return model, data.test_images[:, 0].numpy() / np.float32(255), data.test_labels
+    return model, predict.usual_of(content), data.test_images[:, 0].numpy() / np.float32(255), data.test_labels
 
 
 def saved(image):
@@ -29,23 +31,32 @@ def saved(image):
     return file
 
 
-def judged(model, file):
+def judged(model, file, usual=math.inf):
     picture = reading.read_picture(file)
-    lengths = list(predict.classify(model, [figure.image for figure in picture.figures]))
-    return predict.judge(picture, lengths, datasets.earlier_traits("mnist"))
+    found = list(predict.classify(model, [figure.image for figure in picture.figures]))
+    return predict.judge(picture, found, datasets.earlier_traits("mnist"), usual)
 
 
 def ends(digit):
-    """(the longest capsule, by how much it is longer than the second)."""
+    """(the longest capsule, by how much it is longer than the second, the distance of what is decoded, or 0)."""
     second, first = sorted(digit["lengths"])[-2:]
-    return first, first - second
+    return first, first - second, digit.get("distance", 0)
+
+
+def areas(digits, others):
+    """The area under the ROC, digits against others, of length, margin and distance: 1 tells them apart, 0.5 is chance."""
+    from sklearn import metrics
+    known = np.repeat([True, False], [len(digits), len(others)])
+    scores = np.array([*digits, *others]) * (1, 1, -1)
+    return {what: round(float(metrics.roc_auc_score(known, score)), 3) for what, score in
+            zip(("length", "margin", "distance"), scores.T) if np.ptp(score)}
 
 
 def best_limits(digits, others):
     """(share of digits accepted, share of others accepted, limit of length, limit of margin) on a grid: the fewest others
     where at least 97 % of the digits are accepted."""
     def accepted(pairs, length, margin):
-        return np.mean([a > length and b >= margin for a, b in pairs])
+        return np.mean([a > length and b >= margin for a, b, _ in pairs])
     tried = [(accepted(digits, length, margin), accepted(others, length, margin), length, margin)
              for length in np.arange(0.5, 0.92, 0.02).round(2) for margin in np.arange(0, 0.85, 0.05).round(2)]
     return min((row for row in tried if row[0] >= 0.97), key=lambda row: row[1])
@@ -64,11 +75,11 @@ def a_kind(name, checkpoint, count, seed=0):
     """Of `count` digits how many are right as MNIST has them ("plain"), right as pictures of a kind, wrong without a
     doubt, and doubted; and the `ends` of the right ones."""
     torch.set_num_threads(1)
-    model, images, labels = network(checkpoint)
+    model, usual, images, labels = network(checkpoint)
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(len(images))[:count]
-    plain = torch.stack(list(predict.classify(model, list(images[chosen])))).argmax(1)
-    results = [judged(model, saved(KINDS[name](images[i], generator))) for i in chosen]
+    plain = torch.stack([lengths for lengths, _ in predict.classify(model, list(images[chosen]))]).argmax(1)
+    results = [judged(model, saved(KINDS[name](images[i], generator)), usual) for i in chosen]
     truth = labels[chosen]
     right = [result["text"] == str(label) for result, label in zip(results, truth.tolist())]
     doubted = [result["uncertain"] is not None or result["result"] != "digit" for result in results]
@@ -77,15 +88,17 @@ def a_kind(name, checkpoint, count, seed=0):
             "wrong": sum(not r and not d for r, d in zip(right, doubted)), "doubted": sum(doubted), "of": count}
 
 
-def no_kind(name, checkpoint, count, seed=0):
+def no_kind(name, checkpoint, count, fashion, seed=0):
     """How many of `count` pictures without a digit are taken for one, or for several, without a doubt; and how many
     have a figure whose longest capsule is above 0.5."""
     torch.set_num_threads(1)
-    model, images, _ = network(checkpoint)
+    model, usual, images, _ = network(checkpoint)
     generator = np.random.default_rng(seed)
+    clothes = caps.load_data("fashion", fashion).test_images[:, 0].numpy() / np.float32(255) if name == "clothes" else None
     make = {"letters": letters, "upside-down digits": lambda g: grey(np.rot90(images[g.integers(len(images))], 2)),
-            "noise in place of a digit": lambda g: grey(np.pad(g.random((20, 20)), 4))} | NOTHING
-    results = [judged(model, saved(make[name](generator))) for _ in range(count)]
+            "noise in place of a digit": lambda g: grey(np.pad(g.random((20, 20)), 4)),
+            "clothes": lambda g: grey(clothes[g.integers(len(clothes))])} | NOTHING
+    results = [judged(model, saved(make[name](generator)), usual) for _ in range(count)]
     longest = [max((max(digit["lengths"]) for digit in result["digits"]), default=0) for result in results]
     pairs = [ends(digit) for result in results for digit in result["digits"] if "blot" not in (digit["uncertain"] or "")]
     return {"kind": name, "ends": pairs, "above 0.5": sum(length > 0.5 for length in longest), "of": count,
@@ -93,7 +106,8 @@ def no_kind(name, checkpoint, count, seed=0):
 
 
 def pictures(options):
-    """Prints and returns all rows, and the limits of length and margin that would separate these pictures best."""
+    """Prints and returns all rows, how well length, margin and distance tell digits from others, and the limits of length
+    and margin that would do so best."""
     with multiprocessing.get_context("spawn").Pool(options.threads or 2) as pool:
         arguments = dict(checkpoint=options.checkpoint, count=options.count)
         kinds = pool.imap(functools.partial(a_kind, **arguments), KINDS)
@@ -104,15 +118,19 @@ def pictures(options):
             print(f"{row['kind']:34s} {share * row['right']:7.1f} % {share * row['plain']:5.1f} % "
                   f"{share * (row['plain'] - row['right']):5.1f}   {row['doubted']:5d}  {row['wrong']:5d}", flush=True)
             result.append(row)
-        names = ["letters", "upside-down digits", "noise in place of a digit", *NOTHING]
-        print(f"{'without a digit':34s} a capsule above 0.5, accepted, of {options.count}")
-        for row in pool.imap(functools.partial(no_kind, **arguments), names):
-            print(f"{row['kind']:34s} {row['above 0.5']:5d} {row['accepted']:5d}", flush=True)
+        digits = [pair for row in result for pair in row["ends"]]
+        names = ["letters", "upside-down digits", "noise in place of a digit", *["clothes"] * bool(options.fashion), *NOTHING]
+        print(f"{'without a digit':34s} a capsule above 0.5, accepted, of {options.count}; area under the ROC")
+        for row in pool.imap(functools.partial(no_kind, fashion=options.fashion, **arguments), names):
+            row["areas"] = areas(digits, row["ends"]) if row["ends"] else {}
+            print(f"{row['kind']:34s} {row['above 0.5']:5d} {row['accepted']:5d} ",
+                  *(f"{what} {area:.3f}" for what, area in row["areas"].items()), flush=True)
             result.append(row)
-    pairs = [[pair for row in result if ("right" in row) == digit for pair in row["ends"]] for digit in (True, False)]
+    others = [pair for row in result if "right" not in row for pair in row["ends"]]
     for row in result:
         del row["ends"]
-    kept, passed, length, margin = best_limits(*pairs)
-    print(f"limits of length {length} and margin {margin} accept {100 * kept:.1f} % of {len(pairs[0])} right digits and "
-          f"{100 * passed:.1f} % of {len(pairs[1])} other figures: the fewest, where at least 97 % of digits are accepted")
+    print("all of these figures:", *(f"{what} {area:.3f}" for what, area in areas(digits, others).items()))
+    kept, passed, length, margin = best_limits(digits, others)
+    print(f"limits of length {length} and margin {margin} accept {100 * kept:.1f} % of {len(digits)} right digits and "
+          f"{100 * passed:.1f} % of {len(others)} other figures: the fewest, where at least 97 % of digits are accepted")
     return {"command": "pictures", "checkpoint": str(options.checkpoint), "results": result}

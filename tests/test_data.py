@@ -10,6 +10,7 @@ import torch
 from common import FILES, command, no_download, refused, write_idx
 
 import caps
+from caps.extras import datasets
 
 
 def test_embedded_split_is_stratified(embedded):
@@ -44,11 +45,11 @@ def test_holdout_of_uneven_classes():
     labels = torch.tensor([3] * 70 + [5] * 20 + [7] * 9 + [9])
     data = caps.Data("own", "", torch.arange(100).byte(), labels, torch.zeros(1), torch.zeros(1), {})
     for count, shares in ((10, {3: 7, 5: 2, 7: 1}), (96, {3: 69, 5: 19, 7: 8})):
-        held = caps.hold_out(data, count, seed=4)
+        held = datasets.hold_out(data, count, seed=4)
         assert dict(zip(*(t.tolist() for t in held.test_labels.unique(return_counts=True)))) == shares
         assert torch.equal(labels[held.test_images.long()], held.test_labels)
     with pytest.raises(caps.UserError, match="--holdout 97.*96"):
-        caps.hold_out(data, 97, seed=4)
+        datasets.hold_out(data, 97, seed=4)
 
 
 def test_an_epoch_is_a_function_of_seed_and_epoch():

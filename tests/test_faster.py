@@ -66,7 +66,8 @@ def fake_graphs(monkeypatch, failing=False):
     return done
 
 
-def test_a_graph_takes_the_same_steps(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("decoder", [[], ["--decoder"]])
+def test_a_graph_takes_the_same_steps(small, tmp_path, monkeypatch, decoder):
     rate, scaler = caps.learning_rate, torch.amp.GradScaler
     monkeypatch.setattr(caps, "learning_rate", lambda *args: float(np.float32(rate(*args))))  # a graph reads float32
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 1024.0, growth_interval=3))
@@ -82,7 +83,7 @@ def test_a_graph_takes_the_same_steps(small, tmp_path, monkeypatch):
         checkpoint = caps.read_checkpoint(run.folder / "last.pt")
         return {name: checkpoint[name] for name in (*caps.PARTS, "totals", "steps")}
 
-    words = ["--batch-size", "30", "--accumulate", "2", "--ema", "0.9", "--warmup", "1.5"]
+    words = ["--batch-size", "30", "--accumulate", "2", "--ema", "0.9", "--warmup", "1.5", *decoder]
     plain = start(small, tmp_path / "plain", *words, fast=faster)
     graph = start(small, tmp_path / "graph", *words, "--graph", fast=faster)
     torch.testing.assert_close(epoch(plain), epoch(graph), rtol=0, atol=0)
@@ -118,7 +119,8 @@ def test_denormal_numbers_do_not_slow_training(tmp_path):
     assert result.returncode == 0 and result.stdout.split()[0] == "0", result.stdout + result.stderr
 
 
-def test_compiled_training_is_the_training(small, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("decoder", [[], ["--decoder"]])
+def test_compiled_training_is_the_training(small, tmp_path, monkeypatch, capsys, decoder):
     """Three steps of ResCapsNet, the last with fewer images, against those of the model as it is; then a resumed run."""
     def steps(run, first, last):
         order, motion = caps.epoch_plan(320, 1, 0, 10, 0)
@@ -126,7 +128,12 @@ def test_compiled_training_is_the_training(small, tmp_path, monkeypatch, capsys)
             caps.train_step(run, order[part], motion[part], part.stop - part.start)
         return run
 
-    words = ["--model", "rescaps", "--batch-size", "8"]
+    def loss(net, images):
+        digits, *made = net(images, labels) if decoder else [net(images)]
+        return sum((0.001 * caps.squared_errors(each, images).sum() for each in made),
+                   caps.margin_loss(caps.lengths(digits), labels))
+
+    words = ["--model", "rescaps", "--batch-size", "8", *decoder]
     plain = start(small, tmp_path / "plain", *words, fast=faster)
     assert plain.net is plain.model  # 320 images are too few
     monkeypatch.setattr(faster, "pays_compiling", lambda *_: True)
@@ -137,7 +144,7 @@ def test_compiled_training_is_the_training(small, tmp_path, monkeypatch, capsys)
         assert torch.equal(a, b), name
     images, labels = caps.to_float(plain.data.train_images[:8]), plain.data.train_labels[:8]
     exact = copy.deepcopy(plain.model).double()
-    gradients = [torch.autograd.grad(caps.margin_loss(caps.lengths(net(x)), labels), model.parameters()) for net, model, x in (
+    gradients = [torch.autograd.grad(loss(net, x), model.parameters()) for net, model, x in (
         (fast.net, fast.model, images), (plain.net, plain.model, images), (exact, exact, images.double()))]
     for (name, _), a, b, c in zip(plain.model.named_parameters(), *gradients):
         if name != "backbone.1.bias":  # BatchNorm takes it away again
@@ -158,8 +165,8 @@ def test_a_model_that_cannot_be_compiled_is_trained_as_it_is(small, monkeypatch,
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def compiler(model, dynamic, options):
-        def net(images):
-            model(images)
+        def net(images, labels):
+            model(images, labels)
             raise error
         return net
 

@@ -17,7 +17,7 @@ def digits(trained, embedded):
     """A network, and 20 images with their classes that it has right and is surest of, two a class."""
     model = caps.load_model(caps.read_checkpoint(trained / "last.pt"), torch.device("cpu")).eval()
     images = embedded.test_images[:, 0].numpy() / np.float32(255)
-    scores = torch.stack(list(predict.classify(model, list(images))))
+    scores = torch.stack([lengths for lengths, _ in predict.classify(model, list(images))])
     chosen = scores[range(len(scores)), embedded.test_labels].view(-1).sort(descending=True).indices
     chosen = [i for c in range(10) for i in chosen[embedded.test_labels[chosen] == c][:2].tolist()]
     assert (scores[chosen].argmax(1) == embedded.test_labels[chosen]).all()
@@ -164,12 +164,12 @@ def test_what_is_doubted(longest, second, stroke, doubt):
     scores = torch.full((10,), 0.05)
     scores[3], scores[8] = longest, second
     figure = reading.Figure((10, 10, 40, 50), np.zeros((28, 28), np.float32), stroke)
-    result = predict.judge(reading.Picture((60, 60), [figure]), [scores], MNIST)
+    result = predict.judge(reading.Picture((60, 60), [figure]), [(scores, 0)], MNIST)
     assert result["result"] == "digit" and result["text"] == "3"
     assert result["uncertain"] is None if doubt is None else doubt in result["uncertain"]
     sure = torch.full((10,), 0.05).index_fill(0, torch.tensor(7), 0.9)
     other = reading.Figure((70, 10, 90, 50), figure.image, 0.1)
-    both = predict.judge(reading.Picture((99, 60), [figure, other]), [scores, sure], MNIST)
+    both = predict.judge(reading.Picture((99, 60), [figure, other]), [(scores, 0), (sure, 0)], MNIST)
     assert (both["result"], both["text"]) == ("digits", "?7" if doubt else "37")
 
 

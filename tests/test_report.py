@@ -102,6 +102,12 @@ R2 = {"both": ((0.6, 0.1), (0.5, 0.2)), "short": ((0.6, 0.1), (0.4, 0.2)), "leng
     ("Capsules", [alex(), R2["both"]], UNKNOWN, ["no ResCapsNet"]),
     ("Capsules", [alex(), R2["short"][::-1]], FAILS, ["no ResCapsNet"]),
     ("Capsules", [alex(), res()], UNKNOWN, []),
+    ("Capsules", [alex(decoder=5e-4), res(decoder=5e-4), R2["both"]], UNKNOWN, ["no AlexCapsNet"]),
+    ("The same", [alex(decoder=5e-4), res(decoder=5e-4), R2["both"]], HOLDS, ["0.60", "0.50"]),
+    ("The same", [alex(), res(decoder=5e-4), R2["short"]], FAILS, ["no AlexCapsNet", "0.40"]),
+    ("The same", [alex(), res(), R2["both"]], UNKNOWN, ["no ResCapsNet"]),
+    ("AlexCapsNet: 98.06", [alex([0.99] * 20, decoder=5e-4)], UNKNOWN, ["no finished run"]),
+    ("AlexCapsNet has", [alex(decoder=5e-4, parameters=30_000_000), res()], UNKNOWN, ["no AlexCapsNet"]),
 ])
 def test_claims(tmp_path, claim, specs, verdict, words):
     r2 = [spec for spec in specs if isinstance(spec, tuple)]
