@@ -329,7 +329,8 @@ class Decoder(nn.Module):
 
 class CapsNet(nn.Module):
     """What both models share: images [B, C, H, W] in [0, 1] -> backbone -> primary -> digit capsules [B, J, 16]; with
-    `labels` [B] too -> (these, what `decoder` makes of the labels' capsules), where the model has one."""
+    `labels` [B], whole numbers in [0, J), -> (these, what `decoder` makes of the labels' capsules). ValueError for labels
+    without a decoder."""
 
     def __init__(self, image, backbone, primary, digits, decoder):
         super().__init__()
@@ -345,7 +346,11 @@ class CapsNet(nn.Module):
 
     def forward(self, images, labels=None):
         digits = self.digits(self.primary(self.backbone(images)))
-        return digits if labels is None else (digits, self.decoder(digits, labels))
+        if labels is None:
+            return digits
+        if not self.decoder:
+            raise ValueError("labels are for a decoder, which this model was made without")
+        return digits, self.decoder(digits, labels)
 
 
 def check_image(image):
@@ -447,9 +452,9 @@ def margin_loss(lengths, labels, m_plus=0.9, m_minus=0.1, down_weight=0.5):
 
 
 def squared_errors(decoded, images):
-    """The sum of squared differences of each image [B, C, H, W] to what was decoded of it -> float32 [B], >= 0. Times
-    0.0005 it is the reconstruction loss of Sabour, Frosst and Hinton (2017), section 4.1."""
-    return (decoded.float() - images).square().flatten(1).sum(1)
+    """The sum of squared differences of each image [B, C, H, W] to what was decoded of it -> [B], >= 0, of the wider
+    dtype. Times 0.0005 it is the reconstruction loss of Sabour, Frosst and Hinton (2017), section 4.1."""
+    return (decoded - images).square().flatten(1).sum(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -655,14 +660,17 @@ def update_weights(run, index, motion, group_size):
         silent = world.size > 1 and number < len(parts)
         with run.net.no_sync() if silent else contextlib.nullcontext():
             with autocast(world.device, args.amp):
-                digits, *decoded = run.net(images, labels) if args.decoder else [run.net(images)]
+                digits, decoded = run.net(images, labels) if args.decoder else (run.net(images), None)
                 scores = lengths(digits).float()
-            errors = [squared_errors(each, images).sum() for each in decoded]
-            margin = margin_loss(scores, labels) * len(part)
-            loss = sum((args.decoder * each for each in errors), margin)
+            loss = margin_loss(scores, labels) * len(part)
+            sums = [loss.detach(), (scores.argmax(1) == labels).sum()]
+            if args.decoder:
+                errors = squared_errors(decoded, images).sum()
+                loss = loss + args.decoder * errors
+                sums.append(errors.detach())
             # DDP averages over processes: this makes the sum of all micro-steps the mean over the group.
             run.scaler.scale(loss * (world.size / group_size)).backward()
-        run.totals += torch.stack([margin.detach(), (scores.argmax(1) == labels).sum(), *(each.detach() for each in errors)])
+        run.totals += torch.stack(sums)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -671,7 +679,8 @@ def update_weights(run, index, motion, group_size):
 def check_finite(run, loss):
     if not np.isfinite(loss):
         refuse(run.world, f"the loss is no longer finite in epoch {run.epoch + 1}, by step {run.steps}; the last good "
-                          f"checkpoint is {run.folder / 'last.pt'}; try a smaller --lr, or --amp off")
+                          f"checkpoint is {run.folder / 'last.pt'}; try a smaller --lr{' or --decoder' * bool(run.args.decoder)}, "
+                          "or --amp off")
 
 
 def progress(title, parts=None, hidden=False, **options):
@@ -751,21 +760,21 @@ def train(args, write=None, fast=None):
         trained = train_epoch(run)
         if trained is None:
             break
-        (loss, accuracy, *errors), rate = trained
+        (loss, accuracy, *error), rate = trained
         evaluated = evaluate_run(run)
         run.history.append(dict(zip(COLUMNS, (
             run.epoch + 1, loss, accuracy, evaluated[1]["test_loss"], evaluated[1]["test_accuracy"],
             learning_rate(args, world, run.epoch, 1), run.seconds, rate, args.dataset))))
-        for error in errors:
-            run.history[-1] |= {"train_squared_error": error, "usual_distance": extra("decoding").usual_distance(run)}
+        if args.decoder:
+            run.history[-1] |= {"train_squared_error": error[0], "usual_distance": extra("decoding").usual_distance(run)}
         run.position, run.seconds = 0, 0.0
         run.totals.zero_()
         save(run)
         if world.rank == 0:
             print("epoch {epoch:3d}/{epochs}  train loss {train_loss:.4f} accuracy {train_accuracy:.4f}  "
                   "test loss {test_loss:.4f} accuracy {test_accuracy:.4f}  lr {lr:.2e}  {seconds:.1f} s  "
-                  "{images_per_second:.0f} images/s".format(epochs=args.epochs, **run.history[-1]),
-                  *(f" squared error {error:.2f}" for error in errors), flush=True)
+                  "{images_per_second:.0f} images/s".format(epochs=args.epochs, **run.history[-1])
+                  + (f"  squared error {error[0]:.2f}" if args.decoder else ""), flush=True)
         learns = learning(run, learns)
     if run.signal:
         again = ["python", sys.argv[0], "--resume", str(run.folder / "last.pt")]
@@ -1119,8 +1128,6 @@ NEEDED = {  # what a mode imports sooner or later: looked for before it begins
 SHARED_OPTIONS = {
     "--model": dict(choices=list(MODELS), default="alexcaps", help="network"),
     "--iterations": dict(type=number(int, 1), default=3, help="routing iterations"),
-    "--decoder": dict(nargs="?", const=0.0005, default=0.0, type=number(float, 0, open_low=True), metavar="WEIGHT",
-                      help="also decode images from their capsule; the squared errors' sum, times WEIGHT, joins the loss"),
     "--dataset": dict(type=dataset_name, metavar="SET", help="auto (MNIST from disk or download, else mnist5k), a name "
                       "of docs/datasets.md, a folder of images (CLASS/*.png) or IDX files, or an .npz file"),
     "--data-dir": dict(type=file_name, metavar="DIR", default=os.environ.get("CAPS_DATA") or None,
@@ -1164,13 +1171,15 @@ def cpu_amp():
 def train_options(add):
     several = several_processes()
     natural, factor = number(int, 1), number(float, 0, 1, open_low=True)
-    for option in ("--model", "--iterations", "--decoder", "--data-dir", "--device"):
+    for option in ("--model", "--iterations", "--data-dir", "--device"):
         add(option)
     add("--dataset", default="auto")
     add("--amp", default=("fp16" if torch.cuda.is_available() else cpu_amp()) if several else "off")
     add("--size", type=number(int, 1, 512), metavar="N", help="resize images to N×N pixels; by default those above 64")
     add("--grey", action="store_true", help="drop the images' colour")
     add("--flip", action="store_true", help="mirror every other image, at random: for sets where that is the same thing")
+    add("--decoder", nargs="?", const=0.0005, default=0.0, type=number(float, 0), metavar="WEIGHT", help="also decode each "
+        "image from its capsule; the squared errors of an image's pixels, times WEIGHT (0.0005), join its loss")
     add("--holdout", type=number(int, 0), default=0, metavar="N", help="test on N training images instead, by --seed")
     add("--epochs", type=natural, default=20, help="epochs in all, those before --resume included")
     add("--batch-size", type=natural, default=32, metavar="N", help="images a process and micro-step")

@@ -38,13 +38,12 @@ def claims(runs, fits):
         ("The loss falls smoothly", "training loss, in 9 of 10 epochs, no rise above 10 %", judge_smooth, full or none),
         ("No instability with 3 iterations", "losses finite, no epoch loses more than 2 points of test accuracy",
          judge_stable, [run for run in full if run.facts["iterations"] == 3] or none),
-        *((says, "R² of the angle at least 0.5 and above the length's, both",
+        *((f"Capsules preserve digit orientation{also}", "R² of the angle at least 0.5 and above the length's, both",
            judge_both, lambda run: 0.5 <= r2[run.title][0] > r2[run.title][1],
            lambda run: "{:.2f}, from the length {:.2f}".format(*r2[run.title]),
            sorted([run for run in every if run.full and run.title in r2 and (run.facts["decoder"] > 0) == decoder],
                   key=nearness))
-          for decoder, says in ((False, "Capsules preserve digit orientation"),
-                                (True, "The same of networks with a decoder, which the study has not")))]
+          for decoder, also in [(False, "")] + [(True, ", the same with a decoder")] * (len(every) > len(runs)))]
     words, rows = {True: "holds", False: "**does not hold**", None: "not measured"}, []
     for says, criterion, judge, *needs in table:  # a need that is a text says what is lacking
         lacking = [need for need in needs if isinstance(need, str)]

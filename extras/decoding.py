@@ -8,18 +8,18 @@ STEPS = torch.arange(-5, 6) / 20  # by which a dimension is moved: Sabour, Fross
 
 
 @torch.no_grad()
-def decode(model, images, amp="off"):
-    """Images [B, C, H, W] in [0, 1] -> (digit capsules [B, J, D], what the longest ones are decoded to, [B, C, H, W]),
-    float32."""
+def decode(model, images, which=None, amp="off"):
+    """Images [B, C, H, W] in [0, 1] -> (digit capsules [B, J, D], what those of the classes `which` [B] are decoded to, by
+    default the longest ones, [B, C, H, W]), float32."""
     with autocast(images.device, amp):
         capsules = model(images)
-        return capsules.float(), model.decoder(capsules).float()
+        return capsules.float(), model.decoder(capsules, which).float()
 
 
 def distances(decoded, images):
-    """How far images [B, C, H, W] are from what was decoded of them: |x - r|² / |x| -> [B], >= 0, and 0 of a black one
-    that is decoded to black. Over the norm, so that thick strokes are allowed more than thin ones."""
-    return squared_errors(decoded, images) / images.flatten(1).norm(dim=1).clamp(min=1e-6)
+    """How far images [B, C, H, W] are from what was decoded of them: |x - r|² / max(|x|, 1) -> [B], >= 0. Over the norm,
+    so that thick strokes are allowed more than thin ones; 1 is that of a single white pixel."""
+    return squared_errors(decoded, images) / images.flatten(1).norm(dim=1).clamp(min=1)
 
 
 def usual_distance(run):
@@ -30,7 +30,7 @@ def usual_distance(run):
     found = []
     for part, motions in zip(order.split(EVALUATION_BATCH), motion.split(EVALUATION_BATCH)):
         images = move(to_float(run.data.train_images[part]), motions)
-        found.append(distances(decode(run.tested, images, run.args.amp)[1], images))
+        found.append(distances(decode(run.tested, images, amp=run.args.amp)[1], images))
     run.tested.train()
     return torch.cat(found).quantile(0.99).item()
 
@@ -40,7 +40,7 @@ def move_dimensions(model, image, amp="off"):
     """The longest capsule of an image [C, H, W] in [0, 1] decoded with one dimension at a time moved by STEPS: (class,
     dimensions by how far they move the image, that distance, images [D, steps, C, H, W]). The distance is the root of
     the mean square over steps and pixels."""
-    capsules, still = decode(model, image[None], amp)
+    capsules, still = decode(model, image[None], amp=amp)
     which, dim, steps = lengths(capsules).argmax(1), capsules.shape[2], STEPS.to(image.device)
     moved = capsules.repeat(dim * len(steps), 1, 1)                                         # [D · steps, J, D]
     moved[:, which[0]] += (torch.eye(dim, device=image.device)[:, None] * steps[:, None]).flatten(0, 1)

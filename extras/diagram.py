@@ -187,7 +187,7 @@ def draw_decoder(axis, width, source, stages, sample, image):
     bars += [(stage.shape[0], stage.colors, stage.label, stage.table) for stage in stages]
     draw_arrow(axis, source, (source[0], DECODER + 0.02), (places[0] - 0.55, DECODER + 0.02), (places[0] - 0.55, y), (places[0] - 0.06, y))
     for x, following, (units, colors, label, table) in zip(places, places[1:], bars):
-        height = 0.14 * np.log2(max(units, 2)) ** 0.6
+        height = 0.11 * np.log2(max(units, 2)) ** 0.6
         for i, color in enumerate(colors):
             axis.add_patch(patches.Rectangle((x - 0.05 + 0.06 * i, y - height / 2), 0.06, height, fc=color, ec="#444", lw=0.5))
         draw_text(axis, x, y + 0.55, label)

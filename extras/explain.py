@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageOps
 
 from caps import _routing, lengths
-from caps.extras.decoding import decode, distances
+from caps.extras.decoding import decode
 from caps.extras.figures import ALL, new_figure, pixels, shown
 from caps.extras.predict import name_of
 from caps.extras.reconstructions import draw_dimensions
@@ -73,12 +73,12 @@ def plot_digits(model, picture, result, traits, drawing):
     names."""
     device = next(model.parameters()).device
     images = images_of(picture, result["digits"])
-    for number, image in enumerate(images, 1):
+    for number, (digit, image) in enumerate(zip(result["digits"], images), 1):
         which = f"{number}-" if len(images) > 1 else ""
         image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)[None].to(device)
         plot_explanation(model, image, traits["classes"], drawing.with_name(f"{drawing.name}-{which}routing.png"))
         if model.decoder:
-            plot_decoded(model, image[0], traits["classes"], drawing.with_name(f"{drawing.name}-{which}decoded.png"))
+            plot_decoded(model, image, digit, traits["classes"], drawing.with_name(f"{drawing.name}-{which}decoded.png"))
 
 
 @torch.no_grad()
@@ -116,15 +116,17 @@ def plot_explanation(model, image, names, path):
     write_atomically(path, figure.savefig)
 
 
-def plot_decoded(model, image, names, path):
-    """An image [C, H, W], what its longest capsule is decoded to, and that with each of the capsule's dimensions moved."""
+def plot_decoded(model, image, digit, names, path):
+    """An image [1, C, H, W], what its longest capsule is decoded to, and that with each of the capsule's dimensions moved;
+    `digit` is what `judge` says of it."""
     figure, (given, made, moved) = new_figure(9.5, 5, columns=3, width_ratios=(1, 1, 2))
-    _, decoded = decode(model, image[None])
-    distance = distances(decoded, image[None]).item()
-    for axis, what, title in (given, image, "as the network sees it"), (made, decoded[0], f"decoded, {distance:.1f} away"):
-        axis.imshow(pixels(what), cmap="gray", vmin=0, vmax=1)
-        axis.set(title=title, xticks=[], yticks=[])
+    title = "decoded"
+    if "distance" in digit:
+        title += f": {digit['distance']:.1f} away\n(99 % of training images: {digit['usual_distance']:.1f} at most)"
+    for axis, what, text in (given, image, "as the network sees it"), (made, decode(model, image)[1], title):
+        axis.imshow(pixels(what[0]), cmap="gray", vmin=0, vmax=1)
+        axis.set_title(text, fontsize=9)
+        axis.set(xticks=[], yticks=[])
         axis.grid(False)
-    draw_dimensions(moved, model, image, names)
-    moved.set(xlabel="added to the dimension", ylabel="dimension: how far it moves the image")
+    draw_dimensions(moved, model, image[0], names)
     write_atomically(path, figure.savefig)

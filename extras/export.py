@@ -72,7 +72,10 @@ def run(args):
             with torch.no_grad():
                 expected = model(part)
             found = session.run(None, {"images": part.numpy()})
-            worst = max(worst, *(float(np.abs(a.numpy() - b).max()) for a, b in zip(expected, found)))
+            if len(found) == 3:  # which of two capsules as long as each other is decoded may differ
+                clear = np.ptp(np.sort(found[0])[:, -2:], axis=1) > 1e-5
+                expected, found = ([lengths, capsules, decoded[clear]] for lengths, capsules, decoded in (expected, found))
+            worst = max(worst, *(float(np.abs(a.numpy() - b).max(initial=0)) for a, b in zip(expected, found)))
         if not worst <= 1e-5:
             raise UserError(f"{args.out}: not written, onnxruntime differs by {worst:.1e}, expected at most 1e-5")
         shape, classes = (", ".join(map(str, checkpoint["traits"]["image"])), len(checkpoint["traits"]["classes"]))

@@ -75,8 +75,8 @@ def run(args):
 
 
 def usual_of(checkpoint):
-    """The distance that 99 % of the training images keep from what is decoded of them; infinite where a run has no decoder
-    or finished no epoch."""
+    """The distance that 99 % of the training images kept from what is decoded of them, at the end of the last epoch that
+    is over; infinite without a decoder or such an epoch."""
     return next((row.get("usual_distance", math.inf) for row in checkpoint["history"][-1:]), math.inf)
 
 
@@ -179,7 +179,7 @@ def doubts(lengths, distance, traits, usual):
     if longest - second < MARGIN if what == "digit" else second > PRESENT:
         return f"{names[ordered[0]]} or {names[ordered[1]]}"
     if distance > usual:
-        return f"perhaps {other}, decoded to something {distance:.1f} away, above the usual {usual:.1f}"
+        return f"perhaps {other}, its reconstruction differs by {distance:.1f}, those of training images by {usual:.1f} at most"
     return None
 
 
@@ -195,7 +195,7 @@ def judge(picture, found, traits, usual=math.inf):
         digits[-1] |= {"row": figure.row, "box": list(figure.box), "uncertain": doubt,
                        "lengths": [round(length, 4) for length in score.tolist()]}
         if usual < math.inf:
-            digits[-1]["distance"] = round(distance, 2)
+            digits[-1] |= {"distance": round(distance, 2), "usual_distance": round(usual, 2)}
     sure = [digit for digit in digits if not digit["uncertain"]]
     def height(digit):
         return digit["box"][3] - digit["box"][1]
@@ -227,7 +227,7 @@ def named(result, traits):
         return result
     figures = [figure | {"lengths": dict(zip(traits["classes"], figure["lengths"]))} for figure in result["digits"]]
     facts = {key: value for key, value in result.items() if key != "digits"}
-    taken = {key: figures[0][key] for key in ("lengths", "distance") if key in figures[0]}
+    taken = {key: figures[0][key] for key in ("lengths", "distance", "usual_distance") if key in figures[0]}
     return facts | (taken if what == "class" else {"characters": figures})
 
 

@@ -63,7 +63,7 @@ def run(args):
             run.missing.append(f"not tested, so without ROC, orientation and robustness: {error}")
     able = [run for run in runs if run.title in tested]
     nearest = {(run.facts["model"], run.facts["decoder"] > 0): run.title for run in sorted(able, key=nearness)}
-    pairs = compare.pairs(able)
+    pairs = compare.pairs([run for run in able if run.facts.get("world_size")])  # those that are finished
     compared = {run.title for pair in pairs for kind in pair for run in kind}
     for run in (run for run in able if run.title in compared or run.title in nearest.values()):
         images, scores, labels, result = tested[run.title]
@@ -177,10 +177,10 @@ def write_page(out, records, tested, fits, turned, distorted, pairs, images):
         "among them.",
         "## Results", markdown([results_row(run) for run in runs]),
         "## What the study claims", markdown(claims(runs, fits)),
-        "Judged by finished runs on full MNIST; of several, by that with the most epochs, 20 at most counted, then "
-        "the one nearest to the study's recipe.",
+        "Judged by finished runs on full MNIST without a decoder, which the study has not; of several, by that with the "
+        "most epochs, 20 at most counted, then the one nearest to the study's recipe.",
         section("## Accuracy and loss", "curves", plot_curves, {run.title: run.rows for run in drawn if run.rows},
-                "Of runs that differ in their seed alone, the pictures show the one of the least; the table above has all."),
+                "Of runs that differ in their seed alone, the pictures show those of the lowest; the table above has all."),
         section("## Confusion matrices", "confusion", plot_confusion,
                 {run.title: run.facts | {"classes": run.classes} for run in drawn if "confusion" in run.facts}),
         section("## ROC, one class against the rest", "roc", plot_roc,
@@ -203,7 +203,8 @@ def write_page(out, records, tested, fits, turned, distorted, pairs, images):
         "## What a decoder changes",
         *([markdown([row for pair in pairs for row in compare.rows(pair)]), *map(compare.verdict, pairs),
            "Mean ± standard deviation over seeds; R² is that of the 16 numbers of the winning capsule; accuracies under a "
-           "distortion are means over its levels above. Differences are named by Welch's t-test, at 5 % each."] if pairs else
+           "distortion are means over its levels above. A difference is one by Welch's t-test at 5 %, over all measures of "
+           "a pair (Holm)."] if pairs else
           ["Not measured: no runs with and without `--decoder` that are alike but for their seed."]),
         "## What is missing",
         "\n".join(f"* `{record.folder}`: {what}" for record in records for what in record.missing) or "Nothing."]

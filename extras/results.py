@@ -27,6 +27,8 @@ def write_results(folder, what, facts, model, scores, result, data, world, histo
     figures.plot_confusion({title: result}, folder / "confusion.png")
     figures.plot_roc({title: (scores, data.test_labels, result)}, folder / "roc.png")
     figures.plot_misclassified(data.test_images, scores, data.test_labels, classes, title, folder / "misclassified.png")
+    for name in reconstructions.FILES:
+        (folder / name).unlink(missing_ok=True)  # of another network
     if model.decoder:
         reconstructions.plot_results(model.eval(), data.test_images, scores, data.test_labels, classes, title, folder,
                                      facts["amp"])

@@ -1,6 +1,7 @@
 """The measurements of bench.py `pictures`: accuracy on pictures as people make them, and what is taken for a digit."""
 import functools
 import io
+import itertools
 import math
 import multiprocessing
 import os
@@ -37,29 +38,31 @@ def judged(model, file, usual=math.inf):
     return predict.judge(picture, found, datasets.earlier_traits("mnist"), usual)
 
 
+MEASURES = "length", "margin", "distance"
+
+
 def ends(digit):
-    """(the longest capsule, by how much it is longer than the second, the distance of what is decoded, or 0)."""
+    """(the longest capsule, by how much it is longer than the second, minus the distance of what is decoded, or 0)."""
     second, first = sorted(digit["lengths"])[-2:]
-    return first, first - second, digit.get("distance", 0)
+    return first, first - second, -digit.get("distance", 0)
 
 
 def areas(digits, others):
-    """The area under the ROC, digits against others, of length, margin and distance: 1 tells them apart, 0.5 is chance."""
+    """The area under the ROC of each measure, digits against others: 1 tells them apart, 0.5 is chance."""
     from sklearn import metrics
     known = np.repeat([True, False], [len(digits), len(others)])
-    scores = np.array([*digits, *others]) * (1, 1, -1)
-    return {what: round(float(metrics.roc_auc_score(known, score)), 3) for what, score in
-            zip(("length", "margin", "distance"), scores.T) if np.ptp(score)}
+    scores = np.array([*digits, *others]).T
+    return {what: round(float(metrics.roc_auc_score(known, score)), 3) for what, score in zip(MEASURES, scores) if np.ptp(score)}
 
 
-def best_limits(digits, others):
-    """(share of digits accepted, share of others accepted, limit of length, limit of margin) on a grid: the fewest others
-    where at least 97 % of the digits are accepted."""
-    def accepted(pairs, length, margin):
-        return np.mean([a > length and b >= margin for a, b, _ in pairs])
-    tried = [(accepted(digits, length, margin), accepted(others, length, margin), length, margin)
-             for length in np.arange(0.5, 0.92, 0.02).round(2) for margin in np.arange(0, 0.85, 0.05).round(2)]
-    return min((row for row in tried if row[0] >= 0.97), key=lambda row: row[1])
+def best_limits(digits, others, measures):
+    """(share of others accepted, share of digits accepted, limits) by some of MEASURES: the fewest others where at least
+    97 % of the digits are accepted, with limits at every quarter of a percent of the digits."""
+    columns = [MEASURES.index(what) for what in measures]
+    digits, others = np.array(digits)[:, columns], np.array(others)[:, columns]
+    grid = np.quantile(digits, np.arange(0, 0.0301, 0.0025), axis=0).T
+    tried = [((others >= limits).all(1).mean(), (digits >= limits).all(1).mean(), limits) for limits in itertools.product(*grid)]
+    return min((row for row in tried if row[1] >= 0.97), key=lambda row: row[0])
 
 
 def letters(generator, alphabet="ABCDEFGHJKLMNPQRTUVWXYabcdefhkmnprtuwxy"):
@@ -130,7 +133,9 @@ def pictures(options):
     for row in result:
         del row["ends"]
     print("all of these figures:", *(f"{what} {area:.3f}" for what, area in areas(digits, others).items()))
-    kept, passed, length, margin = best_limits(digits, others)
-    print(f"limits of length {length} and margin {margin} accept {100 * kept:.1f} % of {len(digits)} right digits and "
-          f"{100 * passed:.1f} % of {len(others)} other figures: the fewest, where at least 97 % of digits are accepted")
+    print(f"the fewest of {len(others)} other figures, where at least 97 % of {len(digits)} right digits are accepted:")
+    for measures in MEASURES[:2], MEASURES[2:], MEASURES:
+        passed, kept, limits = best_limits(digits, others, measures)
+        print(f"{100 * passed:5.1f} % by", ", ".join(f"{what} {abs(limit):.3g}" for what, limit in zip(measures, limits)),
+              f"({100 * kept:.1f} % of digits)")
     return {"command": "pictures", "checkpoint": str(options.checkpoint), "results": result}

@@ -4,8 +4,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from common import command, start, torchrun
+from common import command, start
 from PIL import Image
+from scipy import stats
 
 import caps
 from caps.extras import compare, decoding, predict, reconstructions, summary
@@ -74,7 +75,8 @@ def test_squared_errors_are_sums_over_an_image():
     torch.testing.assert_close(caps.squared_errors(made, images), torch.stack(expected))
     distances = decoding.distances(made.float(), images)
     torch.testing.assert_close(distances, torch.stack([e / (x ** 2).sum().sqrt() for e, x in zip(expected, images)]))
-    assert decoding.distances(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)) == 0
+    dark = decoding.distances(torch.full((2, 1, 28, 28), 1e-3), torch.stack([torch.zeros(1, 28, 28), torch.full((1, 28, 28), 1 / 255)]))
+    assert dark.max() < 0.01  # a sigmoid is never 0
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -136,18 +138,6 @@ def test_half_and_half_is_the_whole_with_a_decoder(small, tmp_path):
     assert result.returncode == 2 and "--decoder 0.0005: halves/last.pt was trained with 0.002" in result.stderr
 
 
-def test_two_processes_train_a_decoder(small, tmp_path):
-    """Micro-steps of 12 on two processes are those of 24 on one: the losses are equal to some digits after one epoch."""
-    losses = []
-    for processes, batch in ((1, 24), (2, 12)):
-        result = torchrun(processes, "--decoder", "--dataset", "mnist", "--data-dir", small, "--epochs", 1, "--out", f"p{processes}",
-                          "--batch-size", batch, "--accumulate", 1, "--amp", "off", "--lr-scale", "none", "--warmup", 0, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr[-3000:]
-        losses.append(caps.read_checkpoint(tmp_path / f"p{processes}/last.pt")["history"][0])
-    for key in ("train_loss", "train_squared_error", "test_loss", "usual_distance"):
-        assert losses[0][key] == pytest.approx(losses[1][key], rel=1e-2), key
-
-
 # --------------------------------------------------------------------------------------------------------- what it is for
 
 def test_a_decoder_is_summed_up_and_drawn(tmp_path):
@@ -166,14 +156,14 @@ def test_reconstructions_show_right_ones_and_errors_by_both_capsules(decoded, em
     model, images, labels = load(decoded), embedded.test_images, embedded.test_labels
     scores = caps.class_scores(model, images, caps.World(0, 1, torch.device("cpu")))
     drawn = []
-    monkeypatch.setattr(reconstructions, "draw", lambda axis, image, title: drawn.append((image, title)))
+    monkeypatch.setattr(reconstructions, "draw_row", lambda axes, name, images, titles: drawn.extend(zip(images, titles)))
     reconstructions.plot_results(model.eval(), images, scores, labels, embedded.traits["classes"], "t", tmp_path)
     titles = [title for _, title in drawn]
-    assert titles[:10] == [str(c) for c in range(10)] and [t.split(":")[0] for t in titles[10:20]] == [f"by {c}" for c in range(10)]
+    assert titles[:10] == [str(c) for c in range(10)] and [t.split(":")[0] for t in titles[10:20]] == [str(c) for c in range(10)]
     predicted = scores.argmax(1)
     wrong = (predicted != labels).nonzero().flatten()
     assert len(titles) == 50 and torch.equal(drawn[20][0], caps.to_float(images[wrong[0]]))
-    assert titles[30].startswith(f"by {labels[wrong[0]]}: ") and titles[40].startswith(f"by {predicted[wrong[0]]}: ")
+    assert titles[30].startswith(f"{labels[wrong[0]]}: ") and titles[40].startswith(f"{predicted[wrong[0]]}: ")
     given = caps.to_float(images[wrong[:1]])
     torch.testing.assert_close(drawn[40][0], decoding.decode(model, given)[1][0], rtol=1e-4, atol=1e-5)
     assert titles[40].endswith(f": {((drawn[40][0] - given[0]) ** 2).sum():.0f}")
@@ -218,12 +208,14 @@ def test_what_is_decoded_to_something_else_is_doubted(decoded, tmp_path, embedde
         result = command("predict", "--checkpoint", "last.pt", "five.png", "--json", cwd=tmp_path)
         [found[usual]] = json.loads(result.stdout)
     assert 0 < found[1e3]["digits"][0]["distance"] == found[1e-3]["digits"][0]["distance"] < 30
+    assert found[1e3]["digits"][0]["usual_distance"] == 1e3
     assert found[1e3]["digits"][0]["lengths"] == found[1e-3]["digits"][0]["lengths"]
     image = torch.ones(28, 28)
     lengths = torch.tensor([0.95] + 9 * [0.05])
     traits = checkpoint["traits"]
     assert predict.doubts(lengths, 4.0, traits, 5.0) is None and predict.doubts(lengths, 6.0, traits, np.inf) is None
-    assert predict.doubts(lengths, 6.0, traits, 5.0) == "perhaps no digit, decoded to something 6.0 away, above the usual 5.0"
+    assert predict.doubts(lengths, 6.0, traits, 5.0) == (
+        "perhaps no digit, its reconstruction differs by 6.0, those of training images by 5.0 at most")
     assert predict.doubts(lengths * 0.5, 6.0, traits, 5.0).startswith("perhaps no digit, no capsule")
     (lengths, distance), = predict.classify(load(decoded), [image.numpy()])
     made = decoding.decode(load(decoded), image[None, None])[1]
@@ -248,6 +240,16 @@ def test_export_with_a_decoder(decoded, tmp_path):
     torch.testing.assert_close(torch.from_numpy(made), decoding.decode(load(decoded), images)[1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("words, said", [
+    (["--decoder", "-1"], "--decoder: expected a number of at least 0, got '-1'"),
+    (["--decoder", "much"], "--decoder: expected a number of at least 0, got 'much'"),
+    (["summary", "--decoder", "--checkpoint", "last.pt"], "--decoder: the checkpoint tells it"),
+])
+def test_mistakes(main, words, said):
+    status, line = main(*words)
+    assert status == 2 and said in line
+
+
 # ---------------------------------------------------------------------------------------------------- what it is found to do
 
 class Run:
@@ -255,7 +257,7 @@ class Run:
 
     def __init__(self, seed, decoder, accuracy, r2, epochs=20, **facts):
         self.facts = dict.fromkeys(caps.RECIPE, 0) | {"model": "alexcaps", "dataset": "mnist", "seed": seed, "decoder": decoder,
-                                                      "world_size": 1} | facts
+                                                      "world_size": 1, "traits": {"digest": "d"}} | facts
         self.rows, self.departures = [{}] * epochs, ["seed 2", "decoder 0.0005"]
         levels = {kind: [1, accuracy, accuracy - 0.1] for kind in ("rotation (degrees)", "shift (pixels)",
                                                                   "noise (standard deviation)")}
@@ -269,13 +271,43 @@ def test_runs_with_and_without_a_decoder_are_compared():
     [pair] = compare.pairs(runs)
     assert [[run.facts["seed"] for run in kind] for kind in pair] == [[1, 2, 3]] * 2
     without, having = compare.rows(pair)
-    assert without == {"runs": "AlexCapsNet, mnist, 20 epochs", "decoder": "without", "seeds": 3,
+    assert without == {"runs": "AlexCapsNet, mnist, 20 epochs", "decoder's weight": None, "seeds": 3,
                        "test accuracy (%)": "98.20 ± 0.10", "R² of the angle": "0.320 ± 0.010",
-                       "rotated (%)": "93.20 ± 0.10", "shifted (%)": "93.20 ± 0.10", "with noise (%)": "93.20 ± 0.10"}
+                       "under rotation (%)": "93.20 ± 0.10", "under shift (%)": "93.20 ± 0.10", "under noise (%)": "93.20 ± 0.10"}
     assert having["R² of the angle"] == "0.620 ± 0.010"
     said = compare.verdict(pair)
     assert "with a decoder R² of the angle +0.300 (p = " in said and "not shown to differ: test accuracy +0.00 points (p = 1)" in said
     assert "no difference is shown" in compare.verdict((pair[0], pair[0]))
     assert "shows nothing" in compare.verdict((pair[0][:1], pair[1]))
     assert compare.rows((pair[0][:1], pair[1]))[0]["test accuracy (%)"] == "98.10"
-    assert [run.facts["seed"] for run in compare.of_one_seed(runs)] == [1, 1, 1, 4]
+    assert compare.of_one_seed(runs) == [runs[0], runs[1], *runs[-2:]]
+    again = Run(1, 0, 0.5, 0.5)
+    assert compare.of_one_seed([again, *runs])[:2] == [again, runs[0]]  # another run of the same seed is shown too
+    heavy = [Run(seed, 0.05, 0.5, 0.1) for seed in (1, 2)]
+    light, heavy = compare.pairs(runs + heavy)  # a pair for each weight
+    assert light == pair and [run.facts["decoder"] for run in heavy[1]] == [0.05, 0.05] and heavy[0] == pair[0]
+    assert [row["decoder's weight"] for row in compare.rows(heavy)] == [None, "0.05"]
+
+
+def test_chance_is_corrected_for_the_number_of_measures():
+    a, b = [1.0, 2.0, 3.0], [2.5, 3.5, 4.6]
+    p = stats.ttest_ind(a, b, equal_var=False).pvalue
+    assert compare.p_value(a, b) == p and compare.p_value([1, 1], [1, 1]) == compare.p_value([1, 1], [2, 2]) == 1
+    runs = [[Run(seed, weight, 0.9, 0.5) for seed in (1, 2, 3)] for weight in (0, 5e-4)]
+    for kind, values in zip(runs, (a, b)):
+        for run, value in zip(kind, values):
+            run.knowledge = {"x": value, "R² of the angle": 100 * (kind is runs[1]) + value, "y": value}
+    said = compare.verdict(runs)
+    assert "with a decoder R² of the angle +101." in said and f"x +1.53 (p = {2 * p:.2g}), y +1.53 (p = {2 * p:.2g})" in said
+
+
+def test_the_report_sets_runs_with_and_without_a_decoder_side_by_side(trained, decoded, main, tmp_path):
+    assert main("report", trained, decoded, "--images", 60)[0] == 0
+    page = (tmp_path / "report/report.md").read_text()
+    accuracies = [json.loads((run / "summary.json").read_text())["test_accuracy"] for run in (trained, decoded)]
+    for weight, accuracy in zip(("–", "0.0005"), accuracies):
+        assert f"| AlexCapsNet, mnist5k, 2 epochs | {weight} | 1 | {100 * accuracy:.2f} |" in page
+    assert "one seed with or without a decoder shows nothing" in page
+    assert page.count("| 16 numbers of the winning capsule |") == 2
+    assert main("report", trained)[0] == 0
+    assert "Not measured: no runs with and without `--decoder`" in (tmp_path / "report/report.md").read_text()
