@@ -169,6 +169,28 @@ def test_reconstructions_show_right_ones_and_errors_by_both_capsules(decoded, em
     assert titles[40].endswith(f": {((drawn[40][0] - given[0]) ** 2).sum():.0f}")
 
 
+def test_eval_draws_and_leaves_no_picture_of_another_network(trained, decoded, main, tmp_path):
+    assert main("eval", "--checkpoint", decoded, "--out", "e")[0] == 0
+    ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "e", decoded))
+    assert all(ours[key] == theirs[key] for key in ("test_accuracy", "test_loss", "confusion", "decoder"))
+    assert all((tmp_path / "e" / name).read_bytes() == (decoded / name).read_bytes() for name in reconstructions.FILES)
+    assert main("eval", "--checkpoint", trained, "--out", "e")[0] == 0
+    assert not any((tmp_path / "e" / name).exists() for name in reconstructions.FILES)
+
+
+def test_a_class_without_hits_does_not_take_the_place_of_others(embedded, tmp_path, monkeypatch):
+    """20 classes, of which the last four are recognised."""
+    torch.manual_seed(0)
+    net, images = caps.AlexCapsNet(num_classes=20, decoder=True).eval(), embedded.test_images[:200]
+    labels = torch.arange(200) % 20
+    scores = torch.nn.functional.one_hot(torch.where(labels >= 16, labels, (labels + 1) % 16), 20).float()
+    drawn = []
+    monkeypatch.setattr(reconstructions, "draw_row", lambda axes, name, images, titles: drawn.append((name, titles)))
+    reconstructions.plot_results(net, images, scores, labels, [str(c) for c in range(20)], "t", tmp_path)
+    assert [name for name, _ in drawn] == ["image", "decoded", "image", "true capsule", "predicted capsule"]
+    assert drawn[0][1] == ["16", "17", "18", "19"] and len(drawn[2][1]) == 10
+
+
 def test_moved_dimensions_by_hand(decoded, embedded):
     model, image = load(decoded), caps.to_float(embedded.test_images[0])
     which, order, distances, made = decoding.move_dimensions(model, image)
