@@ -364,8 +364,8 @@ class AlexCapsNet(CapsNet):
     of 28×28, 7×7 of 64×64), `num_classes` digit capsules of 16 dimensions.
 
     Images [B, C, H, W], floats in [0, 1], with `image` = (C, H, W) -> [B, num_classes, 16]. `mean` and `deviation` of
-    the training images, a number for each channel or one for all, are MNIST's by default. `decoder`: with a Decoder.
-    ValueError for other shapes and for H or W below 15.
+    the training images, a number for each channel or one for all, are MNIST's by default. ValueError for other shapes
+    and for H or W below 15. `decoder`: with a Decoder as `.decoder`; images and labels -> (capsules, decoded images).
     """
 
     def __init__(self, num_classes=10, image=(1, 28, 28), iterations=3, mean=(0.1307,), deviation=(0.3081,), decoder=False):
@@ -412,7 +412,7 @@ class ResidualBlock(nn.Module):
 class ResCapsNet(CapsNet):
     """Three residual blocks at 78×78, 16 types of 8-dimensional primary capsules on a 9×9 grid, `num_classes` digit
     capsules of 16 dimensions. Images [B, C, H, W], floats in [0, 1], with `image` = (C, H, W) -> [B, num_classes, 16].
-    `decoder`: with a Decoder."""
+    `decoder` as for AlexCapsNet."""
 
     def __init__(self, num_classes=10, image=(1, 28, 28), iterations=3, decoder=False):
         super().__init__(
@@ -453,7 +453,10 @@ def margin_loss(lengths, labels, m_plus=0.9, m_minus=0.1, down_weight=0.5):
 
 def squared_errors(decoded, images):
     """The sum of squared differences of each image [B, C, H, W] to what was decoded of it -> [B], >= 0, of the wider
-    dtype. Times 0.0005 it is the reconstruction loss of Sabour, Frosst and Hinton (2017), section 4.1."""
+    dtype. Times 0.0005 it is the reconstruction loss of Sabour, Frosst and Hinton (2017), section 4.1. ValueError for
+    different shapes."""
+    if decoded.shape != images.shape:
+        raise ValueError(f"decoded has shape {list(decoded.shape)}, images {list(images.shape)}: expected the same")
     return (decoded - images).square().flatten(1).sum(1)
 
 
@@ -1179,7 +1182,7 @@ def train_options(add):
     add("--grey", action="store_true", help="drop the images' colour")
     add("--flip", action="store_true", help="mirror every other image, at random: for sets where that is the same thing")
     add("--decoder", nargs="?", const=0.0005, default=0.0, type=number(float, 0), metavar="WEIGHT", help="also decode each "
-        "image from its capsule; the squared errors of an image's pixels, times WEIGHT (0.0005), join its loss")
+        "image from its capsule: the sum of its pixels' squared errors, times WEIGHT, by itself 0.0005, joins the loss")
     add("--holdout", type=number(int, 0), default=0, metavar="N", help="test on N training images instead, by --seed")
     add("--epochs", type=natural, default=20, help="epochs in all, those before --resume included")
     add("--batch-size", type=natural, default=32, metavar="N", help="images a process and micro-step")

@@ -69,7 +69,7 @@ def verdict(pair):
     """A sentence on what differs: by Welch's t-test at 5 % over all measures, after Holm."""
     name = title(pair[0][0])
     if min(map(len, pair)) < 2:
-        return f"{name}: one seed with or without a decoder shows nothing."
+        return f"{name}: one seed with or without a decoder shows nothing, two of each may."
     values = {what: [[run.knowledge[what] for run in runs] for runs in pair] for what in common(pair)}
     chance, least = {what: p_value(*both) for what, both in values.items()}, 0.0
     differing, others = [], []

@@ -2,7 +2,7 @@
 
 import torch
 
-from caps import EVALUATION_BATCH, STATISTICS_IMAGES, autocast, lengths, move, squared_errors, to_float
+from caps import EVALUATION_BATCH, STATISTICS_IMAGES, autocast, lengths, move, progress, squared_errors, to_float
 
 STEPS = torch.arange(-5, 6) / 20  # by which a dimension is moved: Sabour, Frosst and Hinton 2017, figure 4
 
@@ -20,6 +20,13 @@ def distances(decoded, images):
     """How far images [B, C, H, W] are from what was decoded of them: |x - r|² / max(|x|, 1) -> [B], >= 0. Over the norm,
     so that thick strokes are allowed more than thin ones; 1 is that of a single white pixel."""
     return squared_errors(decoded, images) / images.flatten(1).norm(dim=1).clamp(min=1)
+
+
+def mean_squared_error(model, images, amp="off"):
+    """The mean of `squared_errors` over uint8 images [n, C, H, W], decoded from their longest capsules."""
+    errors = [squared_errors(decode(model, batch, amp=amp)[1], batch)
+              for batch in map(to_float, progress("decoded", images.split(EVALUATION_BATCH)))]
+    return torch.cat(errors).mean().item()
 
 
 def usual_distance(run):

@@ -122,7 +122,7 @@ def plot_decoded(model, image, digit, names, path):
     figure, (given, made, moved) = new_figure(9.5, 5, columns=3, width_ratios=(1, 1, 2))
     title = "decoded"
     if "distance" in digit:
-        title += f": {digit['distance']:.1f} away\n(99 % of training images: {digit['usual_distance']:.1f} at most)"
+        title += f", distance {digit['distance']:.1f}\n(99 % of training images: {digit['usual_distance']:.1f} at most)"
     for axis, what, text in (given, image, "as the network sees it"), (made, decode(model, image)[1], title):
         axis.imshow(pixels(what[0]), cmap="gray", vmin=0, vmax=1)
         axis.set_title(text, fontsize=9)

@@ -22,10 +22,11 @@ def plot_results(model, images, scores, labels, classes, title, folder, amp="off
     errors = spread(wrong, MOST).tolist()
     rows = [(right, {"decoded": predicted}), (errors, {"true capsule": labels, "predicted capsule": predicted})]
     plot_reconstructions(model, images, labels, [row for row in rows if row[0]], classes,
-                         f"{title}: test images that are recognised, and {len(errors)} of {len(wrong):,} errors, above what "
-                         "their capsules are decoded to (class: sum of squared differences)", folder / FILES[0], amp)
-    plot_dimensions(model, to_float(images[right]), classes, f"{title}: what the dimensions of a digit capsule move",
-                    folder / FILES[1], amp)
+                         f"{title}: recognised test images and {len(errors)} of {len(wrong):,} errors, above what is decoded "
+                         "of them (capsule: sum of squared errors)", folder / FILES[0], amp)
+    plot_dimensions(model, to_float(images[right]), classes,
+                    f"{title}: test images decoded with one dimension\nof their capsule moved, those that change the image "
+                    "most first", folder / FILES[1], amp)
 
 
 def spread(items, most):

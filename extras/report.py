@@ -205,7 +205,8 @@ def write_page(out, records, tested, fits, turned, distorted, pairs, images):
            "Mean ± standard deviation over seeds; R² is that of the 16 numbers of the winning capsule; accuracies under a "
            "distortion are means over its levels above. A difference is one by Welch's t-test at 5 %, over all measures of "
            "a pair (Holm)."] if pairs else
-          ["Not measured: no runs with and without `--decoder` that are alike but for their seed."]),
+          ["Not measured: there are no finished runs with and without `--decoder` of as many epochs and the same options "
+           "but `--seed`."]),
         "## What is missing",
         "\n".join(f"* `{record.folder}`: {what}" for record in records for what in record.missing) or "Nothing."]
     write_atomically(out / "report.md", lambda file: file.write_text("\n\n".join(parts) + "\n", "utf-8", "replace"))

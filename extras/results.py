@@ -10,6 +10,7 @@ import torch
 
 from caps import MODELS, __version__, backend
 from caps.extras import figures, reconstructions
+from caps.extras.decoding import mean_squared_error
 from caps.extras.runs import write_atomically
 
 
@@ -18,6 +19,8 @@ def write_results(folder, what, facts, model, scores, result, data, world, histo
     `data` and `measure`'s `result`; curves.png of a training's history, rows of metrics.csv; of a model with a decoder
     reconstructions.png and dimensions.png. `what` begins the line that is said.
     """
+    if model.decoder:
+        facts = facts | {"test_squared_error": mean_squared_error(model.eval(), data.test_images, facts["amp"])}
     title, classes = f"{MODELS[facts['model']].__name__}, {data.title}", data.traits["classes"]
     write_json(folder / "summary.json", facts | {"dataset": data.name, "traits": data.traits, "note": data.note,
                                                  "test_images": len(data.test_images)} | result | environment(world))
@@ -30,10 +33,11 @@ def write_results(folder, what, facts, model, scores, result, data, world, histo
     for name in reconstructions.FILES:
         (folder / name).unlink(missing_ok=True)  # of another network
     if model.decoder:
-        reconstructions.plot_results(model.eval(), data.test_images, scores, data.test_labels, classes, title, folder,
+        reconstructions.plot_results(model, data.test_images, scores, data.test_labels, classes, title, folder,
                                      facts["amp"])
     auc = "unknown" if result["macro_auc"] is None else f"{result['macro_auc']:.5f}"
-    print(f"{what}: test accuracy {100 * result['test_accuracy']:.2f} %, macro AUC {auc}; files in {folder}")
+    error = f", squared error {facts['test_squared_error']:.2f}" if model.decoder else ""
+    print(f"{what}: test accuracy {100 * result['test_accuracy']:.2f} %, macro AUC {auc}{error}; files in {folder}")
 
 
 def environment(world):

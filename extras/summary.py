@@ -11,7 +11,7 @@ from caps import CapsuleLayer, UserError, extra, load_model, new_model, read_che
 def options(add):
     add("--model")
     add("--iterations")
-    add("--decoder", action="store_true", help="with the decoder that --decoder trains")
+    add("--decoder", action="store_true", help="with a decoder of images from capsules")
     add("--checkpoint", required=False, help="the network of a run, in the place of --model's for MNIST")
 
 

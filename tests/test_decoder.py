@@ -75,6 +75,8 @@ def test_squared_errors_are_sums_over_an_image():
     torch.testing.assert_close(caps.squared_errors(made, images), torch.stack(expected))
     distances = decoding.distances(made.float(), images)
     torch.testing.assert_close(distances, torch.stack([e / (x ** 2).sum().sqrt() for e, x in zip(expected, images)]))
+    with pytest.raises(ValueError, match=r"decoded has shape \[3, 2, 4, 5\], images \[3, 4, 5\]: expected the same"):
+        caps.squared_errors(made, images[:, 0])
     dark = decoding.distances(torch.full((2, 1, 28, 28), 1e-3), torch.stack([torch.zeros(1, 28, 28), torch.full((1, 28, 28), 1 / 255)]))
     assert dark.max() < 0.01  # a sigmoid is never 0
 
@@ -105,6 +107,9 @@ def test_what_a_run_with_a_decoder_leaves(decoded):
     assert (decoded / "metrics.csv").read_text().splitlines()[0].split(",") == [*caps.COLUMNS, "train_squared_error",
                                                                                 "usual_distance"]
     facts = json.loads((decoded / "summary.json").read_text())
+    model, images = load(decoded), caps.to_float(caps.load_data("mnist5k").test_images)
+    errors = caps.squared_errors(decoding.decode(model, images)[1], images)
+    assert facts["test_squared_error"] == pytest.approx(errors.mean().item(), rel=1e-4)
     assert facts["decoder"] == 0.0005 and facts["parameters"] == 2_683_840 + 1_411_344
     for name in ("reconstructions", "dimensions"):
         with Image.open(decoded / f"{name}.png") as picture:
@@ -332,4 +337,4 @@ def test_the_report_sets_runs_with_and_without_a_decoder_side_by_side(trained, d
     assert "one seed with or without a decoder shows nothing" in page
     assert page.count("| 16 numbers of the winning capsule |") == 2
     assert main("report", trained)[0] == 0
-    assert "Not measured: no runs with and without `--decoder`" in (tmp_path / "report/report.md").read_text()
+    assert "Not measured: there are no finished runs with and without `--decoder`" in (tmp_path / "report/report.md").read_text()
