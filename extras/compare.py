@@ -76,7 +76,8 @@ def verdict(pair):
     for rank, what in enumerate(sorted(chance, key=chance.get)):
         least = min(1.0, max(least, chance[what] * (len(chance) - rank)))
         change, unit = np.mean(values[what][1]) - np.mean(values[what][0]), " points" * what.endswith(" (%)")
-        said = f"{what.removesuffix(' (%)')} {change:+.{DIGITS.get(what, 2)}f}{unit} (p = {least:.2g})"
+        said = (f"{what.removesuffix(' (%)')} {change:+.{DIGITS.get(what, 2)}f}{unit} (p = {chance[what]:.2g}, corrected "
+                f"{least:.2g})")
         (differing if least < 0.05 else others).append(said)
     said = f"with a decoder {', '.join(differing)}" if differing else "no difference is shown"
     return f"{name}: {said}" + f"; not shown to differ: {', '.join(others)}" * bool(others) + "."

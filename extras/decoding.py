@@ -10,10 +10,10 @@ STEPS = torch.arange(-5, 6) / 20  # by which a dimension is moved: Sabour, Fross
 @torch.no_grad()
 def decode(model, images, which=None, amp="off"):
     """Images [B, C, H, W] in [0, 1] -> (digit capsules [B, J, D], what those of the classes `which` [B] are decoded to, by
-    default the longest ones, [B, C, H, W]), float32."""
+    default the longest ones, float32 [B, C, H, W])."""
     with autocast(images.device, amp):
         capsules = model(images)
-        return capsules.float(), model.decoder(capsules, which).float()
+        return capsules, model.decoder(capsules, which).float()
 
 
 def distances(decoded, images):

@@ -65,10 +65,12 @@ def plot_orientation(results, path, classes, most=3):
         digit = 2 if counts[2] > 5 else counts.argmax()
         x, values = angles[labels == digit], capsules[labels == digit]
         r = [np.corrcoef(x, dimension)[0, 1] for dimension in values.T]
-        for axis, d in zip(axes[row * most:(row + 1) * most], np.argsort(-np.abs(r))):
+        for place, d in enumerate(np.argsort(-np.abs(r))[:most]):
+            axis = axes[row * most + place]
             axis.scatter(x, values[:, d], s=9, color=f"C{row}")
             axis.set(xlabel="rotation (degrees)", ylabel=f"capsule dimension {d}")
-            axis.set_title(f"{title}, class {shown(classes[title][digit])}: r = {r[d]:.2f}", fontsize=9)
+            heading = f"{title}\n" * (place == most // 2)  # over the middle one, for it may be long
+            axis.set_title(f"{heading}class {shown(classes[title][digit])}: r = {r[d]:.2f}", fontsize=9)
     write_atomically(path, figure.savefig)
 
 

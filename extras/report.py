@@ -203,8 +203,8 @@ def write_page(out, records, tested, fits, turned, distorted, pairs, images):
         "## What a decoder changes",
         *([markdown([row for pair in pairs for row in compare.rows(pair)]), *map(compare.verdict, pairs),
            "Mean ± standard deviation over seeds; R² is that of the 16 numbers of the winning capsule; accuracies under a "
-           "distortion are means over its levels above. A difference is one by Welch's t-test at 5 %, over all measures of "
-           "a pair (Holm)."] if pairs else
+           "distortion are means over its levels above. A difference is shown where Welch's t-test, corrected for the "
+           "number of measures after Holm, says less than 5 %."] if pairs else
           ["Not measured: there are no finished runs with and without `--decoder` of as many epochs and the same options "
            "but `--seed`."]),
         "## What is missing",

@@ -303,7 +303,7 @@ def test_runs_with_and_without_a_decoder_are_compared():
                        "under rotation (%)": "93.20 ± 0.10", "under shift (%)": "93.20 ± 0.10", "under noise (%)": "93.20 ± 0.10"}
     assert having["R² of the angle"] == "0.620 ± 0.010"
     said = compare.verdict(pair)
-    assert "with a decoder R² of the angle +0.300 (p = " in said and "not shown to differ: test accuracy +0.00 points (p = 1)" in said
+    assert "with a decoder R² of the angle +0.300 (p = " in said and "not shown to differ: test accuracy +0.00 points (p = 1, corrected 1)" in said
     assert "no difference is shown" in compare.verdict((pair[0], pair[0]))
     assert "shows nothing" in compare.verdict((pair[0][:1], pair[1]))
     assert compare.rows((pair[0][:1], pair[1]))[0]["test accuracy (%)"] == "98.10"
@@ -325,7 +325,8 @@ def test_chance_is_corrected_for_the_number_of_measures():
         for run, value in zip(kind, values):
             run.knowledge = {"x": value, "R² of the angle": 100 * (kind is runs[1]) + value, "y": value}
     said = compare.verdict(runs)
-    assert "with a decoder R² of the angle +101." in said and f"x +1.53 (p = {2 * p:.2g}), y +1.53 (p = {2 * p:.2g})" in said
+    assert "with a decoder R² of the angle +101." in said
+    assert f"not shown to differ: x +1.53 (p = {p:.2g}, corrected {2 * p:.2g}), y +1.53 (p = {p:.2g}, corrected {2 * p:.2g})" in said
 
 
 def test_the_report_sets_runs_with_and_without_a_decoder_side_by_side(trained, decoded, main, tmp_path):
