@@ -35,6 +35,11 @@ def new_figure(width, height, columns=1, rows=1, **grid):
     return figure, axes
 
 
+def legend_below(figure, axis):
+    """The legend of all axes, outside of them, so that long titles hide nothing."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+
+
 def plot_curves(runs, path):
     """Accuracy and loss over epochs; `runs` maps a title to its rows of metrics.csv. Training dashed, test solid."""
     figure, axes = new_figure(10, 4, columns=2)
@@ -47,7 +52,7 @@ def plot_curves(runs, path):
     for axis, label in zip(axes, ("accuracy (%)", "margin loss")):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(fontsize=8)
+    legend_below(figure, axes[0])
     write_atomically(path, figure.savefig)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from caps import EVALUATION_BATCH, World, autocast, class_scores, lengths, move, progress, to_float
-from caps.extras.figures import new_figure, shown
+from caps.extras.figures import legend_below, new_figure, shown
 from caps.extras.runs import write_atomically
 
 DISTORTIONS = {"rotation (degrees)": range(0, 61, 10), "shift (pixels)": range(7),
@@ -92,5 +92,5 @@ def plot_robustness(results, path):
         for title, found in results.items():
             axis.plot(levels, 100 * np.array(found[kind]), marker=".", label=title)
         axis.set(xlabel=kind, ylabel="accuracy (%)", ylim=(0, 102))
-        axis.legend(fontsize=8, loc="lower left")
+    legend_below(figure, axes[0])
     write_atomically(path, figure.savefig)

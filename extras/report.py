@@ -50,9 +50,10 @@ def run(args):
     runs = [run for run in records if run.facts]
     if not runs:
         raise UserError("; ".join(f"{run.folder}: {run.missing[0]}" for run in records) or "report: no run under runs/")
-    titles = [run.title for run in runs]
-    for run in (run for run in runs if titles.count(run.title) > 1):
-        run.title += f" ({run.folder})"
+    for more in ", seed {seed}", " ({folder})":
+        titles = [run.title for run in runs]
+        for run in (run for run in runs if titles.count(run.title) > 1):
+            run.title += more.format(seed=run.facts["seed"], folder=run.folder)
     check_writable(out)
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of classes without images; their places stay empty
     tested, turned, distorted, fits = {}, {}, {}, {}
