@@ -79,8 +79,9 @@ def verdict(pair):
         said = (f"{what.removesuffix(' (%)')} {change:+.{DIGITS.get(what, 2)}f}{unit} (p = {chance[what]:.2g}, corrected "
                 f"{least:.2g})")
         (differing if least < 0.05 else others).append(said)
-    said = f"with a decoder {', '.join(differing)}" if differing else "no difference is shown"
-    return f"{name}: {said}" + f"; not shown to differ: {', '.join(others)}" * bool(others) + "."
+    if not differing:
+        return f"{name}: no difference is shown: {', '.join(others)}."
+    return f"{name}: with a decoder {', '.join(differing)}" + f"; not shown to differ: {', '.join(others)}" * bool(others) + "."
 
 
 def p_value(a, b):
