@@ -52,9 +52,9 @@ def at_most(size):
 
 
 def read_image(path, size=None, channels=None):
-    """An image file, by its path or opened -> (uint8 [H, W] or [H, W, 3], its own size (H, W), its pages, of which the first is read). Of
-    `size`, by default its own up to 64×64, and 1 or 3 `channels`, by default its own; upright, transparent parts on the
-    ground that strokes are seen on, 16 bits by their upper 8."""
+    """An image file, by its path or opened -> (uint8 [H, W] or [H, W, 3], its own size (H, W), its pages, of which the
+    first is read). Of `size`, by default its own up to 64×64, and 1 or 3 `channels`, by default its own; upright,
+    transparent parts on the ground that strokes are seen on, 16 bits by their upper 8."""
     with Image.open(path) as file:
         natural, own = natural_form(file)
         size, channels = size or at_most(natural), channels or own

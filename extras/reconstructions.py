@@ -6,14 +6,13 @@ import torch.nn.functional as F
 from caps import squared_errors, to_float
 from caps.extras.decoding import STEPS, decode, move_dimensions
 from caps.extras.figures import new_figure, pixels, shown
-from caps.extras.runs import write_atomically
+from caps.extras.runs import DECODED_FILES, write_atomically
 
 MOST = 10  # images of a row, and classes whose dimensions are drawn
-FILES = "reconstructions.png", "dimensions.png"
 
 
 def plot_results(model, images, scores, labels, classes, title, folder, amp="off"):
-    """FILES of uint8 test images [n, C, H, W] with class scores [n, J]: of each class the first that is right, of the
+    """DECODED_FILES of uint8 test images [n, C, H, W] with class scores [n, J]: of each class the first that is right, of the
     errors some, evenly over the test set."""
     predicted, right = scores.argmax(1), []
     for c in spread(labels[predicted == labels].unique(), MOST):
@@ -23,10 +22,10 @@ def plot_results(model, images, scores, labels, classes, title, folder, amp="off
     rows = [(right, {"decoded": predicted}), (errors, {"true capsule": labels, "predicted capsule": predicted})]
     plot_reconstructions(model, images, labels, [row for row in rows if row[0]], classes,
                          f"{title}: recognised test images and {len(errors)} of {len(wrong):,} errors, above what is decoded "
-                         "of them (capsule: sum of squared errors)", folder / FILES[0], amp)
+                         "of them (capsule: sum of squared errors)", folder / DECODED_FILES[0], amp)
     plot_dimensions(model, to_float(images[right]), classes,
                     f"{title}: test images decoded with one dimension\nof their capsule moved, those that change the image "
-                    "most first", folder / FILES[1], amp)
+                    "most first", folder / DECODED_FILES[1], amp)
 
 
 def spread(items, most):

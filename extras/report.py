@@ -56,7 +56,7 @@ def run(args):
             run.title += more.format(seed=run.facts["seed"], folder=run.folder)
     check_writable(out)
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of classes without images; their places stay empty
-    tested, turned, distorted, fits = {}, {}, {}, {}
+    tested, turned, distorted = {}, {}, {}
     for run in (run for run in runs if run.model):
         try:
             tested[run.title] = test_again(run, args.data_dir, device)
@@ -70,17 +70,16 @@ def run(args):
         images, scores, labels, result = tested[run.title]
         found = orientation(run.model, images, labels, run.facts["amp"])
         if np.bincount(found[2], minlength=1).max() > 5:
-            fits[run.title] = found[3]
+            turned[run.title] = found
         else:
             run.missing.append("orientation: fewer than 6 images of each class are recognised")
         few = (each[::int(np.ceil(len(images) / args.images))] for each in (images, scores, labels))
-        robust = robustness(run.model, *few, run.facts["amp"])
-        r2 = next(iter(found[3].values()))[0] if run.title in fits else None
-        run.knowledge = compare.knowledge(result["test_accuracy"], r2, robust)
-        if run.title in nearest.values():
-            turned |= {run.title: found} if run.title in fits else {}
-            distorted[run.title] = robust
-    write_page(out, records, tested, fits, turned, distorted, pairs, args.images)
+        distorted[run.title] = robustness(run.model, *few, run.facts["amp"])
+        r2 = next(iter(found[3].values()))[0] if run.title in turned else None
+        run.knowledge = compare.knowledge(result["test_accuracy"], r2, distorted[run.title])
+    turned, distorted = ({title: found for title, found in results.items() if title in nearest.values()}
+                         for results in (turned, distorted))
+    write_page(out, records, tested, turned, distorted, pairs, args.images)
     for record, what in ((record, what) for record in records for what in record.missing):
         print(f"caps: {record.folder}: {what}", file=sys.stderr)
     print(f"{len(runs)} run(s): {out / 'report.md'}")
@@ -152,7 +151,7 @@ def test_again(run, data_dir, device):
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-def write_page(out, records, tested, fits, turned, distorted, pairs, images):
+def write_page(out, records, tested, turned, distorted, pairs, images):
     """report.md and its pictures in the folder `out`; results are by title, `images` at most were distorted, `pairs` are
     compare's."""
     def section(title, name, plot, content, *text):
@@ -165,11 +164,12 @@ def write_page(out, records, tested, fits, turned, distorted, pairs, images):
 
     runs = [run for run in records if run.facts]
     drawn = compare.of_one_seed(runs)
+    fits = {title: fits for title, (_, _, _, fits) in turned.items()}
     classes = {run.title: run.classes for run in runs}
     tables = [f"**{title}**\n\n" + markdown([
         {"angle fitted from": kind, "R²": f"**{np.nanmean(r2):.2f}**", "mean error": f"{np.nanmean(error):.1f}°"}
         | {f"R² of {name}": None if np.isnan(r2[c]) else f"{r2[c]:.2f}" for c, name in enumerate(classes[title]) if len(r2) <= ALL}
-        for kind, (r2, error) in fits[title].items()]) for title in turned]
+        for kind, (r2, error) in fit.items()]) for title, fit in fits.items()]
     networks = {run.facts["model"]: run for run in sorted(runs, key=lambda run: (not run.facts["decoder"], nearness(run)))}
     parts = [
         "# AlexCapsNet and ResCapsNet, claim by claim",

@@ -11,7 +11,7 @@ import torch
 from caps import MODELS, __version__, backend
 from caps.extras import figures, reconstructions
 from caps.extras.decoding import mean_squared_error
-from caps.extras.runs import write_atomically
+from caps.extras.runs import DECODED_FILES, write_atomically
 
 
 def write_results(folder, what, facts, model, scores, result, data, world, history=()):
@@ -30,7 +30,7 @@ def write_results(folder, what, facts, model, scores, result, data, world, histo
     figures.plot_confusion({title: result}, folder / "confusion.png")
     figures.plot_roc({title: (scores, data.test_labels, result)}, folder / "roc.png")
     figures.plot_misclassified(data.test_images, scores, data.test_labels, classes, title, folder / "misclassified.png")
-    for name in reconstructions.FILES:
+    for name in DECODED_FILES:
         (folder / name).unlink(missing_ok=True)  # of another network
     if model.decoder:
         reconstructions.plot_results(model, data.test_images, scores, data.test_labels, classes, title, folder,

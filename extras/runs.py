@@ -12,8 +12,9 @@ import torch
 import caps
 from caps import COLUMNS, RECIPE, UserError, read_checkpoint, set_title
 
+DECODED_FILES = "reconstructions.png", "dimensions.png"  # of a network with a decoder alone
 RUN_FILES = ("last.pt", "metrics.csv", "summary.json", "curves.png", "confusion.png", "roc.png", "misclassified.png",
-             "reconstructions.png", "dimensions.png")
+             *DECODED_FILES)
 # One name for all processes and restarts of a job; torchrun's own is unique with --standalone alone.
 JOB = os.environ.get("CAPS_JOB", "") + os.environ.get("TORCHELASTIC_RUN_ID", "")
 

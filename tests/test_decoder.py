@@ -9,7 +9,7 @@ from PIL import Image
 from scipy import stats
 
 import caps
-from caps.extras import compare, decoding, predict, reconstructions, summary
+from caps.extras import compare, decoding, predict, reconstructions, runs, summary
 
 COLOURED = {"image": (3, 20, 26), "num_classes": 4}
 
@@ -120,8 +120,7 @@ def test_what_a_run_with_a_decoder_leaves(decoded):
 def test_the_usual_distance_is_that_of_99_in_100_training_images(small, tmp_path):
     run = start(small, tmp_path, "--decoder")
     usual = decoding.usual_distance(run)
-    _, motion = run.plan(0)
-    order = run.plan(0)[0]
+    order, motion = run.plan(0)
     images = caps.move(caps.to_float(run.data.train_images[order]), motion)
     made = decoding.decode(run.model.eval(), images)[1]
     found = sorted(decoding.distances(made, images).tolist())
@@ -178,9 +177,9 @@ def test_eval_draws_and_leaves_no_picture_of_another_network(trained, decoded, m
     assert main("eval", "--checkpoint", decoded, "--out", "e")[0] == 0
     ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "e", decoded))
     assert all(ours[key] == theirs[key] for key in ("test_accuracy", "test_loss", "confusion", "decoder"))
-    assert all((tmp_path / "e" / name).read_bytes() == (decoded / name).read_bytes() for name in reconstructions.FILES)
+    assert all((tmp_path / "e" / name).read_bytes() == (decoded / name).read_bytes() for name in runs.DECODED_FILES)
     assert main("eval", "--checkpoint", trained, "--out", "e")[0] == 0
-    assert not any((tmp_path / "e" / name).exists() for name in reconstructions.FILES)
+    assert not any((tmp_path / "e" / name).exists() for name in runs.DECODED_FILES)
 
 
 def test_a_class_without_hits_does_not_take_the_place_of_others(embedded, tmp_path, monkeypatch):
