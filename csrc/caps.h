@@ -169,6 +169,33 @@ inline Sizes check_routing_backward(const Tensor& grad, const Tensor& votes, con
   return check_gradient(grad, sums, "votes", votes, check_routing(votes, 1));
 }
 
+// Maps of 1×1, 2×2 or 3×3 pixels, or any with a kernel of 1×1.
+inline void check_small_map_conv2d(const Tensor& maps, const Tensor& weight, const Tensor& bias) {
+  check_floating("maps", maps);
+  check_like("weight", weight, "maps", maps);
+  check_like("bias", bias, "maps", maps);
+  check_shape("maps", maps, "[B, H, W, I]", {-1, -1, -1, -1});
+  check_shape("weight", weight, "[O, I, k, k]", {-1, maps.size(3), -1, -1});
+  const int64_t k = weight.size(2);
+  check_shape("weight", weight, "[O, I, k, k]", {-1, maps.size(3), k, k});
+  check_shape("bias", bias, "[O]", {weight.size(0)});
+  STD_TORCH_CHECK(k % 2 == 1, "weight has a kernel of ", k, "×", k, ", expected an odd number");
+  const int64_t H = maps.size(1), W = maps.size(2);
+  STD_TORCH_CHECK(k == 1 || (H == W && H >= 1 && H <= 3), "maps are of ", H, "×", W, " pixels, expected 1×1, 2×2 or 3×3");
+  STD_TORCH_CHECK(maps.size(3) > 0 && weight.size(0) > 0, "weight has shape ",
+                  shape_text(weight.sizes().data(), 4), ", expected a channel at least");
+}
+
+inline void check_small_map_conv2d_backward(const Tensor& grad, const Tensor& maps, const Tensor& weight,
+                                            const Tensor& output) {
+  check_floating("maps", maps);
+  check_shape("maps", maps, "[B, H, W, I]", {-1, -1, -1, -1});
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>("grad", grad), {"output", output}}) {
+    check_like(name, tensor, "maps", maps);
+    check_shape(name, tensor, "[B, H, W, O]", {maps.size(0), maps.size(1), maps.size(2), weight.size(0)});
+  }
+}
+
 // ---- glue -----------------------------------------------------------------------------------------------------------
 
 inline Tensor empty(const Tensor& like, Dims sizes) {

@@ -327,6 +327,15 @@ def register():
     def _(grad, inputs, weight, sums):
         return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (inputs, weight))
 
+    @library.register_fake("caps::small_map_conv2d")
+    def _(maps, weight, bias, relu):
+        return maps.new_empty(*maps.shape[:3], weight.shape[0])
+
+    @library.register_fake("caps::small_map_conv2d_backward")
+    def _(grad, maps, weight, output, relu):
+        return *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (maps, weight)), weight.new_empty(
+            weight.shape[0])
+
     def save(ctx, inputs, output):
         tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
         if isinstance(output, tuple):
@@ -346,7 +355,16 @@ def register():
     library.register_autograd(
         "caps::capsule_linear",
         lambda ctx, grad, _: (*operators.capsule_linear_backward(grad, *ctx.saved_tensors), None), setup_context=save)
-    for name in ("squash", "routing", "capsule_linear"):
+
+    def save_maps(ctx, inputs, output):
+        maps, weight, _, ctx.relu = inputs
+        ctx.save_for_backward(maps, weight, output)
+
+    library.register_autograd(
+        "caps::small_map_conv2d",
+        lambda ctx, grad: (*operators.small_map_conv2d_backward(grad, *ctx.saved_tensors, ctx.relu), None),
+        setup_context=save_maps)
+    for name in ("squash", "routing", "capsule_linear", "small_map_conv2d"):
         library.register_autograd(f"caps::{name}_backward", no_double_backward)
         for device in ("cpu", "cuda"):
             library.register_autocast(f"caps::{name}", device, torch.float32)

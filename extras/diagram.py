@@ -23,7 +23,7 @@ from caps.extras.runs import check_writable, write_atomically
 from caps.extras.summary import described, layer_table, totals
 
 KINDS = {"Conv2d": ("Conv", "#a5c5e5"), "MaxPool2d": ("Max pool", "#dd8a8a"), "BatchNorm2d": ("BN", "#86bf86"),
-         "ReLU": ("ReLU", "#f2a65a"), "PrimaryCapsules": ("Primary capsules", "#7fa8d1"),
+         "ReLU": ("ReLU", "#f2a65a"), "FusedReLU": ("ReLU", "#f2a65a"), "PrimaryCapsules": ("Primary capsules", "#7fa8d1"),
          "CapsuleLayer": ("Digit capsules", "#a78bca"), "Linear": ("Fully connected", "#c9b18f"),
          "Sigmoid": ("Sigmoid", "#d9c46c")}
 BESIDE_BLOCK = 0.36  # inches, for the sum

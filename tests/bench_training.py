@@ -57,8 +57,8 @@ class PlainCapsules(caps.CapsuleLayer):
 
 def plain_layers(net):
     """The network itself, its layers from now on as PyTorch has them: no small maps, in-place or native operators."""
-    plain = {caps.SmallMapConv2d: torch.nn.Conv2d, caps.ResidualBlock: PlainBlock, caps.PrimaryCapsules: PlainPrimary,
-             caps.CapsuleLayer: PlainCapsules}
+    plain = {caps.PatchConv2d: torch.nn.Conv2d, caps.SmallMapConv2d: torch.nn.Conv2d, caps.FusedReLU: torch.nn.ReLU,
+             caps.ResidualBlock: PlainBlock, caps.PrimaryCapsules: PlainPrimary, caps.CapsuleLayer: PlainCapsules}
     for layer in net.modules():
         layer.__class__ = plain.get(type(layer), type(layer))
         if isinstance(layer, torch.nn.ReLU):

@@ -74,7 +74,7 @@ def test_shapes_parameters_and_independent_samples(model, parameters):
 def test_layer_table_totals():
     rows = summary.layer_table(caps.AlexCapsNet())
     assert sum(row[3] for row in rows) == 2_683_840
-    first = next(row for row in rows if row[1] == "Conv2d")
+    first = next(row for row in rows if row[1] == "PatchConv2d")
     assert first[2] == (64, 6, 6) and first[4] == 64 * 121 * 36
     assert rows[-1][2] == (10, 16) and rows[-1][4] == 128 * 10 * 16 * (8 + 3 + 2)
 
@@ -96,20 +96,3 @@ def test_zero_input_has_finite_gradients(model):
         torch.nn.init.zeros_(parameter)
     caps.margin_loss(caps.lengths(net(torch.zeros(2, 1, 28, 28))), torch.tensor([0, 1])).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
-
-
-@pytest.mark.parametrize("kernel", [1, 3, 5])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_small_map_convolution_is_the_convolution(kernel, dtype, tolerance):
-    torch.manual_seed(kernel)
-    layer = caps.SmallMapConv2d(6, 5, kernel).to(dtype)
-    maps = torch.randn(4, 6, 2, 2, dtype=dtype, requires_grad=True)
-    tensors = [maps, layer.weight, layer.bias]
-    plain = torch.nn.Conv2d.forward(layer, maps)
-    fast = layer(maps)
-    gradient = torch.randn_like(plain)
-    torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance)
-    for a, b in zip(*(torch.autograd.grad(y, tensors, gradient) for y in (fast, plain))):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-    larger = torch.randn(1, 6, 4, 3, dtype=dtype)
-    torch.testing.assert_close(layer(larger), torch.nn.Conv2d.forward(layer, larger))

@@ -361,6 +361,7 @@ def test_operators_under_sanitizers(tmp_path):
         pytest.skip("no sanitizer libraries")
     environment = {**os.environ, "CAPS_TEST_SANITIZED": "1", "CAPS_CACHE": str(tmp_path), "LD_PRELOAD": ":".join(libraries),
                    "ASAN_OPTIONS": "detect_leaks=0", "CXX": "g++"}
-    result = subprocess.run([sys.executable, "-m", "pytest", "-x", "-s", "-q", __file__, "-k", "operators_ and not name_the"],
+    files = [__file__, str(ROOT / "tests" / "test_small_maps.py")]
+    result = subprocess.run([sys.executable, "-m", "pytest", "-x", "-s", "-q", *files, "-k", "operators_ and not name_the"],
                             env=environment, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]

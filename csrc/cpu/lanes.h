@@ -71,41 +71,60 @@ void parallel(int64_t tasks, const F& f) {
 
 // ---- transposes: a matrix in memory, and its rows or columns in the lanes -------------------------------------------
 
-// Lane of (a, b) that ends in lane l when units of P lanes of a's and b's lower (or upper) halves are interleaved.
-template <int L, int P>
+// Lane of (a, b) that ends in lane l when units of P lanes of a's and b's lower (or upper) halves are interleaved, within
+// each of `parts` parts of a vector.
+template <int L, int P, int parts>
 constexpr int interleaved(int l, bool upper) {
-  const int unit = l / P;
-  return (unit / 2 + (upper ? L / P / 2 : 0)) * P + l % P + (unit % 2 ? L : 0);
+  constexpr int part = L / parts;
+  const int unit = l % part / P;
+  return l / part * part + (unit / 2 + (upper ? part / P / 2 : 0)) * P + l % P + (unit % 2 ? L : 0);
 }
 
-template <class T, int P, bool upper, size_t... l>
+template <class T, int P, int parts, bool upper, size_t... l>
 Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<l...>) {
   constexpr int L = lanes<T>;
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, interleaved<L, P>(l, upper)...);
+  return __builtin_shufflevector(a, b, interleaved<L, P, parts>(l, upper)...);
 #else
-  return __builtin_shuffle(a, b, typename Simd<T>::IntVec{interleaved<L, P>(l, upper)...});
+  return __builtin_shuffle(a, b, typename Simd<T>::IntVec{interleaved<L, P, parts>(l, upper)...});
 #endif
 }
 
+// One step for each of `groups` groups of rows, whose first half is interleaved with the second.
+template <class T, int P, int parts, int groups, int rows>
+inline void interleave_rows(Vec<T> (&x)[rows]) {
+  constexpr auto all = std::make_index_sequence<lanes<T>>();
+  constexpr int half = rows / groups / 2;
+  Vec<T> y[rows];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows / 2; ++r) {
+    const int from = r / half * 2 * half + r % half, to = r / half * 2 * half + r % half * 2;
+    y[to] = interleave<T, P, parts, false>(x[from], x[from + half], all);
+    y[to + 1] = interleave<T, P, parts, true>(x[from], x[from + half], all);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+    x[r] = y[r];
+}
+
 // Transposes a square matrix of units of P numbers, row r in x[r]. Interleaving the first half of the rows with the
-// second doubles each position modulo (count - 1); after log2(rows) times that is the transpose.
+// second doubles each position modulo (count - 1); after log2(rows) times that is the transpose. In vectors of 32 bytes,
+// whose halves AVX2 interleaves apart in one instruction, quarters of the matrix change places first.
 template <class T, int P>
 inline void transpose(Vec<T> (&x)[lanes<T> / P]) {
-  constexpr int rows = lanes<T> / P;
-  constexpr auto all = std::make_index_sequence<lanes<T>>();
+  constexpr int rows = lanes<T> / P, parts = vector_bytes == 32 ? 2 : 1;
+  if constexpr (parts == 2 && rows > 1) {
+    constexpr auto all = std::make_index_sequence<lanes<T>>();
 #pragma GCC unroll 4
-  for (int step = 1; step < rows; step *= 2) {
-    Vec<T> y[rows];
-#pragma GCC unroll 16
     for (int r = 0; r < rows / 2; ++r) {
-      y[2 * r] = interleave<T, P, false>(x[r], x[r + rows / 2], all);
-      y[2 * r + 1] = interleave<T, P, true>(x[r], x[r + rows / 2], all);
+      const Vec<T> a = x[r], b = x[r + rows / 2];
+      x[r] = interleave<T, lanes<T> / 2, 1, false>(a, b, all);
+      x[r + rows / 2] = interleave<T, lanes<T> / 2, 1, true>(a, b, all);
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r)
-      x[r] = y[r];
   }
+#pragma GCC unroll 4
+  for (int step = parts; step < rows; step *= 2)
+    interleave_rows<T, P, parts, parts>(x);
 }
 
 // Lane r of the result: the sum over the lanes of x[r].
@@ -116,7 +135,7 @@ inline Vec<T> row_sums(Vec<T> (&x)[lanes<T>]) {
   for (int rows = lanes<T> / 2; rows > 0; rows /= 2)
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
-      x[r] = interleave<T, 1, false>(x[r], x[r + rows], all) + interleave<T, 1, true>(x[r], x[r + rows], all);
+      x[r] = interleave<T, 1, 1, false>(x[r], x[r + rows], all) + interleave<T, 1, 1, true>(x[r], x[r + rows], all);
   return x[0];
 }
 
@@ -158,6 +177,12 @@ void load_lanes(Rows<T> from, int rows, int64_t columns, Vec<T>* to) {
   for (int64_t c = 0; c < columns; c += L) {
     const T* block = from.start + c;
     const int width = std::min<int64_t>(L, columns - c);
+    if (width == 1) {
+      T* const column = reinterpret_cast<T*>(to + c);
+      for (int r = 0; r < L; ++r)
+        column[r] = r < rows ? block[r * from.stride] : T(0);
+      continue;
+    }
     Vec<T> x[L];
     // Whole vectors, even where the row ends sooner: what lies behind it is not kept, but has to lie in the tensor.
     if (rows == L && from.end - block >= (L - 1) * from.stride + L) {
@@ -186,6 +211,11 @@ void store_lanes(const Vec<T>* from, int rows, int64_t columns, T* to, int64_t s
   constexpr int L = lanes<T>;
   for (int64_t c = 0; c < columns; c += L) {
     const int width = std::min<int64_t>(L, columns - c);
+    if (width == 1) {
+      for (int r = 0; r < rows; ++r)
+        to[c + r * stride] = from[c][r];
+      continue;
+    }
     Vec<T> x[L];
     if (width == L) {
 #pragma GCC unroll 16

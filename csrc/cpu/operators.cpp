@@ -18,6 +18,7 @@ namespace cpu {}
 #include "linear.h"
 #include "routing.h"
 #include "small_batch.h"
+#include "small_maps.h"
 #include "squash.h"
 
 namespace caps::cpu {
@@ -119,6 +120,38 @@ std::tuple<Tensor, Tensor> capsule_linear_backward(const Tensor& grad_, const Te
   return {grad_inputs, grad_weight};
 }
 
+Tensor small_map_conv2d(const Tensor& maps_, const Tensor& weight_, const Tensor& bias_, bool relu) {
+  check_small_map_conv2d(maps_, weight_, bias_);
+  const Tensor maps = torch::stable::contiguous(maps_), weight = torch::stable::contiguous(weight_);
+  const Tensor bias = torch::stable::contiguous(bias_);
+  const Tensor output = empty(maps, {maps.size(0), maps.size(1), maps.size(2), weight.size(0)});
+  dispatch(maps, [&](auto number) {
+    using T = decltype(number);
+    with_small_maps<T>(maps, weight, [&](const auto& layer) {
+      layer.forward(data<T>(maps), data<T>(bias), relu, data<T>(output));
+    });
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> small_map_conv2d_backward(const Tensor& grad_, const Tensor& maps_,
+                                                             const Tensor& weight_, const Tensor& output_, bool relu) {
+  const Tensor grad_bias = empty(weight_, {weight_.size(0)});
+  check_small_map_conv2d(maps_, weight_, grad_bias);
+  check_small_map_conv2d_backward(grad_, maps_, weight_, output_);
+  const Tensor grad = torch::stable::contiguous(grad_), maps = torch::stable::contiguous(maps_);
+  const Tensor weight = torch::stable::contiguous(weight_), output = torch::stable::contiguous(output_);
+  const Tensor grad_maps = torch::stable::empty_like(maps), grad_weight = torch::stable::empty_like(weight);
+  dispatch(maps, [&](auto number) {
+    using T = decltype(number);
+    with_small_maps<T>(maps, weight, [&](const auto& layer) {
+      layer.backward(data<T>(grad), data<T>(maps), relu ? data<T>(output) : nullptr, data<T>(grad_maps),
+                     data<T>(grad_weight), data<T>(grad_bias));
+    });
+  });
+  return {grad_maps, grad_weight, grad_bias};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(caps, CPU, m) {
   m.impl("squash", TORCH_BOX(&squash));
   m.impl("squash_backward", TORCH_BOX(&squash_backward));
@@ -126,6 +159,8 @@ STABLE_TORCH_LIBRARY_IMPL(caps, CPU, m) {
   m.impl("capsule_linear_backward", TORCH_BOX(&capsule_linear_backward));
   m.impl("routing", TORCH_BOX(&routing));
   m.impl("routing_backward", TORCH_BOX(&routing_backward));
+  m.impl("small_map_conv2d", TORCH_BOX(&small_map_conv2d));
+  m.impl("small_map_conv2d_backward", TORCH_BOX(&small_map_conv2d_backward));
 }
 
 }  // namespace caps::cpu
