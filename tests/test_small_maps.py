@@ -3,7 +3,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_operators import SANITIZED, assert_near
-from test_operators import native as _native  # noqa: F401
 from torch.autograd import gradcheck
 
 import caps
@@ -11,6 +10,12 @@ import caps
 ops = torch.ops.caps
 # B I O: one channel, tiles of lanes partly, just and more than filled, more samples than a task takes at once
 SIZES = [(1, 1, 1), (3, 6, 5), (2, 64, 32), (9, 33, 17), (5, 130, 40), (131, 8, 70), (300, 16, 16)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library():
+    name, reason = caps.backend()
+    assert name == "native", reason
 
 
 def make(B, I, O, side, kernel, dtype=torch.float64):
