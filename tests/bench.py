@@ -3,6 +3,7 @@
     python tests/bench.py ops [--device cuda] [--threads 2] [--json F]    operators: plain, torch.compile of plain, native
     python tests/bench.py ops --sweep                                     native against plain over plausible sizes
     python tests/bench.py scale [--plot F]                                the capsule layer against batch size and capsules
+    python tests/bench.py maps                                            convolutions of small maps against PyTorch's
     python tests/bench.py train                                           whole steps against the straightforward pipeline
     python tests/bench.py ddp                                             one process against two, on the CPU
     python tests/bench.py accuracy [--epochs 20] [--seeds 1]              whole trainings, fast and plain layers
@@ -22,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import caps  # noqa: E402
-from bench_operators import ops, scale, sweep  # noqa: E402
+from bench_operators import ops, scale, small_maps, sweep  # noqa: E402
 from bench_pictures import pictures  # noqa: E402
 from bench_training import accuracy, accuracy_process, ddp, ddp_process, train  # noqa: E402
 
@@ -41,6 +42,8 @@ def main():
     command.set_defaults(run=lambda options: sweep(options) if options.sweep else ops(options))
     command = commands.add_parser("scale", help="the capsule layer against batch size and number of capsules")
     command.set_defaults(run=scale)
+    command = commands.add_parser("maps", help="convolutions of small maps, on the CPU")
+    command.set_defaults(run=small_maps)
     command = commands.add_parser("train", help="whole training steps against the straightforward pipeline")
     command.set_defaults(run=train)
     command = commands.add_parser("ddp", help="one process against two, on the CPU")

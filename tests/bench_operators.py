@@ -1,5 +1,7 @@
-"""The operators: plain PyTorch, torch.compile of it, and native; over sizes, and against batch size and capsules."""
+"""The operators: plain PyTorch, torch.compile of it, and native; over sizes, and against batch size and capsules; the
+convolution of small maps against PyTorch's."""
 import ctypes
+import functools
 import statistics
 import subprocess
 import sys
@@ -186,6 +188,32 @@ def scale(options):
     if options.plot:
         plot_scale(rows, options.plot)
     return {"command": "scale", "machine": machine(options.device), "rows": rows}
+
+
+def small_maps(options):
+    """SmallMapConv2d and PyTorch's convolution with a ReLU, float32, as channels I -> O of S×S maps with k×k kernels."""
+    print(f"convolutions of small maps with a ReLU, float32; {machine('cpu')}")
+    middle = dict(B=32, I=256, O=256, S=2, k=3)
+    sizes = [{**middle, "S": S, "B": B, "k": k} for S in (1, 2, 3) for k in (1, 3, 5) for B in (1, 8, 32, 200)]
+    sizes += [{**middle, "S": S, "I": n, "O": n, "B": B} for S in (1, 2, 3) for n in (32, 512) for B in (1, 32, 256)]
+    sizes += [{**middle, "I": i, "O": o, "k": k} for i, o, k in ((64, 192, 5), (192, 384, 3), (384, 256, 3))]
+    rows = []
+    for size in sizes:
+        torch.manual_seed(0)
+        layer = caps.SmallMapConv2d(size["I"], size["O"], size["k"], relu=True)
+        maps = torch.randn(size["B"], size["I"], size["S"], size["S"])
+        for backward in (False, True):
+            def function(maps, weight, bias, way):
+                return caps._run(layer.native, layer.plain, way, maps=maps, weight=weight, bias=bias)
+            calls = {way: call(functools.partial(function, way=way), (maps, layer.weight.detach(), layer.bias.detach()), backward)
+                     for way in ("torch", "native")}
+            times = interleave(calls, "cpu", options.seconds, rounds=9)
+            rows.append({**size, "pass": "fwd+bwd" if backward else "fwd",
+                         "ms": {v: statistics.median(t) for v, t in times.items()}, "ratio": ratio(times, "torch")})
+            print("S={S} k={k} B={B:<4} I={I:<4} O={O:<4} {pass:<8}".format(**rows[-1])
+                  + "torch {torch:>8.3f} ms  native {native:>8.3f} ms".format(**rows[-1]["ms"])
+                  + f"{rows[-1]['ratio']:>8.2f}x", flush=True)
+    return {"command": "maps", "machine": machine("cpu"), "rows": rows}
 
 
 def plot_scale(rows, path):
