@@ -211,7 +211,8 @@ def _native(backend, device):
     mode = backend or _BACKEND
     if mode not in ("auto", "native", "torch"):
         raise ValueError(f"backend is {mode!r}, expected 'auto', 'native' or 'torch'")
-    if mode == "torch" or torch.onnx.is_in_onnx_export():  # ONNX knows no operators of ours
+    # ONNX knows no operators of ours, and the transforms of torch.func no derivatives of theirs: jvp would give 0.
+    if mode == "torch" or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active():
         return False
     able, reason = _available(device)
     if mode == "native" and not able:
@@ -262,21 +263,28 @@ class PatchConv2d(nn.Conv2d):
     """A convolution with large steps; on a CPU one channel's patches are copied out and multiplied by one matrix, which
     with the pooling behind it takes 0.4 times as long, forward and backward, as torch's convolution (AVX2)."""
 
+    def __init__(self, in_channels, out_channels, kernel_size, stride, padding):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding)  # numbers, for both axes
+
     def forward(self, x):
-        if x.device.type != "cpu" or self.in_channels > 1:  # with three channels no gain
+        if x.device.type != "cpu" or self.in_channels > 1 or torch.onnx.is_in_onnx_export():  # three channels: no gain
             return super().forward(x)
         size, step, margin = self.kernel_size[0], self.stride[0], self.padding[0]
-        with torch.autocast("cpu", enabled=False):  # float32 is as fast
-            patches = F.pad(x.to(self.weight.dtype), 4 * (margin,)).unfold(2, size, step).unfold(3, size, step)
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(self.weight.dtype)  # float32 is as fast
+        with torch.autocast("cpu", enabled=False):
+            patches = F.pad(x, 4 * (margin,)).unfold(2, size, step).unfold(3, size, step)
             maps = F.linear(patches.squeeze(1).flatten(3), self.weight.flatten(1), self.bias)  # [B, H', W', out]
         return maps.permute(0, 3, 1, 2)
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A padded convolution of stride 1, with `relu` a ReLU behind it. On a CPU, maps of 1×1 to 3×3 pixels, where most of
-    a kernel meets padding, have a native operator (csrc/cpu/small_maps.h)."""
+    """A padded convolution of stride 1 and an odd kernel, with `relu` a ReLU behind it. On a CPU, maps of 1×1 to 3×3
+    pixels, where most of a kernel meets padding, have a native operator (csrc/cpu/small_maps.h)."""
 
     def __init__(self, in_channels, out_channels, kernel_size, relu=False):
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}, expected an odd number")
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.relu = relu
 
@@ -295,7 +303,8 @@ class SmallMapConv2d(nn.Conv2d):
 
 
 class FusedReLU(nn.ReLU):
-    """The ReLU that the layer before it has done already: so that the list of layers, and their names, are whole."""
+    """The ReLU that the layer before it, made with relu=True, has done already: so that the list of layers, and the names
+    of weights in checkpoints, are whole."""
 
     def forward(self, x):
         return x

@@ -186,14 +186,9 @@ inline void check_small_map_conv2d(const Tensor& maps, const Tensor& weight, con
                   shape_text(weight.sizes().data(), 4), ", expected a channel at least");
 }
 
-inline void check_small_map_conv2d_backward(const Tensor& grad, const Tensor& maps, const Tensor& weight,
-                                            const Tensor& output) {
-  check_floating("maps", maps);
-  check_shape("maps", maps, "[B, H, W, I]", {-1, -1, -1, -1});
-  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>("grad", grad), {"output", output}}) {
-    check_like(name, tensor, "maps", maps);
-    check_shape(name, tensor, "[B, H, W, O]", {maps.size(0), maps.size(1), maps.size(2), weight.size(0)});
-  }
+inline void check_small_map_output(const char* name, const Tensor& tensor, const Tensor& maps, const Tensor& weight) {
+  check_like(name, tensor, "maps", maps);
+  check_shape(name, tensor, "[B, H, W, O]", {maps.size(0), maps.size(1), maps.size(2), weight.size(0)});
 }
 
 // ---- glue -----------------------------------------------------------------------------------------------------------

@@ -332,7 +332,7 @@ def register():
         return maps.new_empty(*maps.shape[:3], weight.shape[0])
 
     @library.register_fake("caps::small_map_conv2d_backward")
-    def _(grad, maps, weight, output, relu):
+    def _(grad, maps, weight, rectified):
         return *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (maps, weight)), weight.new_empty(
             weight.shape[0])
 
@@ -344,7 +344,7 @@ def register():
         ctx.save_for_backward(*tensors)
 
     def no_double_backward(ctx, *grads):
-        raise RuntimeError("the native operators have no second derivative; use backend='torch'")
+        raise RuntimeError("the native operators have no second derivative; use backend='torch', or CAPS_BACKEND=torch")
 
     operators = torch.ops.caps
     library.register_autograd(
@@ -357,12 +357,12 @@ def register():
         lambda ctx, grad, _: (*operators.capsule_linear_backward(grad, *ctx.saved_tensors), None), setup_context=save)
 
     def save_maps(ctx, inputs, output):
-        maps, weight, _, ctx.relu = inputs
-        ctx.save_for_backward(maps, weight, output)
+        maps, weight, _, relu = inputs
+        ctx.save_for_backward(maps, weight, output if relu else None)  # else it is anyone's to change
 
     library.register_autograd(
         "caps::small_map_conv2d",
-        lambda ctx, grad: (*operators.small_map_conv2d_backward(grad, *ctx.saved_tensors, ctx.relu), None),
+        lambda ctx, grad: (*operators.small_map_conv2d_backward(grad, *ctx.saved_tensors), None),
         setup_context=save_maps)
     for name in ("squash", "routing", "capsule_linear", "small_map_conv2d"):
         library.register_autograd(f"caps::{name}_backward", no_double_backward)

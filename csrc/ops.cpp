@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY(caps, m) {
   m.def("routing(Tensor votes, int iterations) -> (Tensor, Tensor)");
   m.def("routing_backward(Tensor grad, Tensor votes, Tensor sums) -> Tensor");
   m.def("small_map_conv2d(Tensor maps, Tensor weight, Tensor bias, bool relu) -> Tensor");
-  m.def("small_map_conv2d_backward(Tensor grad, Tensor maps, Tensor weight, Tensor output, bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def("small_map_conv2d_backward(Tensor grad, Tensor maps, Tensor weight, Tensor? rectified) -> (Tensor, Tensor, Tensor)");
 }
 
 PYBIND11_MODULE(caps_native, m) {

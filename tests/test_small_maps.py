@@ -126,8 +126,8 @@ def test_small_maps_name_the_wrong_argument():
             (lambda: ops.small_map_conv2d(maps.half(), weight, bias, True), "maps has dtype Half"),
             (lambda: ops.small_map_conv2d(maps[:, :1], weight, bias, True), "maps are of 1×2 pixels, expected 1×1, 2×2 or 3×3"),
             (lambda: ops.small_map_conv2d(maps[..., :0], weight[:, :0], bias, True), "expected a channel at least"),
-            (lambda: ops.small_map_conv2d_backward(grad[:3], maps, weight, grad, True), r"grad has shape \[3, 2, 2, 5\], expected"),
-            (lambda: ops.small_map_conv2d_backward(grad, maps, weight, grad[..., :4], True), r"output has shape \[4, 2, 2, 4\]")):
+            (lambda: ops.small_map_conv2d_backward(grad[:3], maps, weight, grad), r"grad has shape \[3, 2, 2, 5\], expected"),
+            (lambda: ops.small_map_conv2d_backward(grad, maps, weight, grad[..., :4]), r"rectified has shape \[4, 2, 2, 4\]")):
         with pytest.raises(RuntimeError, match=message):
             call()
 
@@ -146,7 +146,8 @@ def test_opcheck(dtype):
     for given in (maps, maps.transpose(1, 2)):
         torch.library.opcheck(ops.small_map_conv2d.default, (given.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), True))
     detached = [t.detach() for t in (grad, maps, weight)]
-    torch.library.opcheck(ops.small_map_conv2d_backward.default, (*detached, output, True))
+    torch.library.opcheck(ops.small_map_conv2d_backward.default, (*detached, output))
+    torch.library.opcheck(ops.small_map_conv2d_backward.default, (*detached, None))
 
 
 def test_no_second_derivative():
@@ -183,6 +184,33 @@ def test_layer_under_autocast_in_half_precision_and_without_the_library(monkeypa
     monkeypatch.setattr(caps, "_BACKEND", "torch")
     monkeypatch.setattr(ops, "small_map_conv2d", None)
     torch.testing.assert_close(layer.float()(maps), expected, atol=0.05, rtol=0)
+
+
+def test_layer_lets_others_change_its_output_in_place():
+    layer, maps = caps.SmallMapConv2d(6, 5, 3), torch.randn(2, 6, 2, 2)
+    gradients = [torch.autograd.grad(relu(layer(maps)).square().sum(), layer.weight)[0] for relu in (torch.relu, torch.relu_)]
+    assert torch.equal(*gradients)
+
+
+def test_transforms_of_torch_func_take_the_plain_way():
+    layer, (maps, direction) = caps.SmallMapConv2d(4, 4, 3).double(), torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
+    for function in (layer, caps.squash):
+        _, tangent = torch.func.jvp(function, (maps,), (direction,))
+        expected = (function(maps + 1e-6 * direction) - function(maps - 1e-6 * direction)) / 2e-6
+        torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-8)
+    capsules, weight = torch.randn(2, 5, 8), torch.randn(5, 3, 4, 8)
+
+    def score(u, w):
+        return caps.capsule_linear(u[None], w).square().sum()
+    each = torch.vmap(torch.func.grad(score, 1), (0, None))(capsules, weight)  # a gradient for each sample
+    for found, u in zip(each, capsules):
+        w = weight.clone().requires_grad_()
+        torch.testing.assert_close(found, torch.autograd.grad(score(u, w), w)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_even_kernels_are_refused():
+    with pytest.raises(ValueError, match="kernel_size is 4, expected an odd number"):
+        caps.SmallMapConv2d(4, 4, 4)
 
 
 @pytest.mark.parametrize("channels, size", [(1, 28), (1, 41), (3, 28)])

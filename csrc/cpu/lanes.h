@@ -1,5 +1,6 @@
 // SIMD lanes: vectors, memory for them, transposes between a matrix in memory and its lanes, and work for all threads.
-// Everything else on the CPU is vertical over these lanes; what a lane stands for, linear.h and routing.h decide.
+// Everything else on the CPU is vertical over these lanes; what a lane stands for, linear.h, routing.h and
+// small_maps.h decide.
 #pragma once
 
 #include "../caps.h"

@@ -4,8 +4,9 @@
 //   capsule_linear   a lane is a sample: 16 samples share each number of W_i, and votes live in registers and L1
 //   routing          a lane is an input capsule of one sample, and votes are transposed as they are read; small
 //                    batches of capsule_linear, which cannot fill the lanes with samples, go this way too
-// The work is cut into (lane group × chunk of N) by the sizes alone and partial sums are added in a fixed order, so
-// that a result does not depend on the number of threads.
+//   small_map_conv2d a lane is a channel
+// The work is cut, for routing into lane group × chunk of N, by the sizes alone and partial sums are added in a fixed
+// order, so that a result does not depend on the number of threads.
 #include "../caps.h"
 
 // Gives all of caps::cpu internal linkage: with external linkage g++ no longer inlines what has a single caller.
@@ -135,17 +136,21 @@ Tensor small_map_conv2d(const Tensor& maps_, const Tensor& weight_, const Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor> small_map_conv2d_backward(const Tensor& grad_, const Tensor& maps_,
-                                                             const Tensor& weight_, const Tensor& output_, bool relu) {
+                                                             const Tensor& weight_,
+                                                             const std::optional<Tensor>& rectified_) {
+  STD_TORCH_CHECK(weight_.dim() > 0, "weight has no dimension, expected [O, I, k, k]");
   const Tensor grad_bias = empty(weight_, {weight_.size(0)});
   check_small_map_conv2d(maps_, weight_, grad_bias);
-  check_small_map_conv2d_backward(grad_, maps_, weight_, output_);
+  check_small_map_output("grad", grad_, maps_, weight_);
+  if (rectified_) check_small_map_output("rectified", *rectified_, maps_, weight_);
   const Tensor grad = torch::stable::contiguous(grad_), maps = torch::stable::contiguous(maps_);
-  const Tensor weight = torch::stable::contiguous(weight_), output = torch::stable::contiguous(output_);
+  const Tensor weight = torch::stable::contiguous(weight_);
+  const Tensor rectified = torch::stable::contiguous(rectified_.value_or(grad_));
   const Tensor grad_maps = torch::stable::empty_like(maps), grad_weight = torch::stable::empty_like(weight);
   dispatch(maps, [&](auto number) {
     using T = decltype(number);
     with_small_maps<T>(maps, weight, [&](const auto& layer) {
-      layer.backward(data<T>(grad), data<T>(maps), relu ? data<T>(output) : nullptr, data<T>(grad_maps),
+      layer.backward(data<T>(grad), data<T>(maps), rectified_ ? data<T>(rectified) : nullptr, data<T>(grad_maps),
                      data<T>(grad_weight), data<T>(grad_bias));
     });
   });

@@ -6,7 +6,7 @@
 // Along one axis y_p = Σ_q t_{q-p} x_q: a Toeplitz matrix of taps t times x. Of S² products Karatsuba's identity leaves
 // E = 1, 3, 6 for S = 1, 2, 3: y = sums (kernel t * image x), * by elements. In a plane these are E² products for each
 // pair of channels, 9 in the place of 16 for S = 2: E² matrix products [B, I] [I, O], whose terms are made where they
-// are used, from weights that are read in place.
+// are used, from weights that are read in place. Rounding errors are relative to a map's largest pixel, not to each one's.
 #pragma once
 
 #include "lanes.h"
@@ -144,8 +144,10 @@ void store_some(T* to, Vec<T> x, int64_t count) {
 
 template <class T, int S>
 struct SmallMapConv {
-  static constexpr int L = lanes<T>, pixels = S * S, side = 2 * S - 1, E = int(std::size(Axis<S>::image)), products = E * E;
-  static constexpr int64_t depth = 64, kernel_step = (depth + 1) * tile, most_samples = 128;  // the terms of a task stay in L2
+  static constexpr int L = lanes<T>, pixels = S * S, side = 2 * S - 1;
+  static constexpr int E = int(std::size(Axis<S>::image)), products = E * E;
+  static constexpr int64_t depth = 64, most_samples = 128;    // the terms of a task stay in L2
+  static constexpr int64_t kernel_step = (depth + 1) * tile;  // + 1: no power of two, as below
   const int64_t B, I, O, k;
   const T* weight;
 
