@@ -274,8 +274,7 @@ class PatchConv2d(nn.Conv2d):
             x = x.to(self.weight.dtype)  # float32 is as fast
         with torch.autocast("cpu", enabled=False):
             patches = F.pad(x, 4 * (margin,)).unfold(2, size, step).unfold(3, size, step)
-            maps = F.linear(patches.squeeze(1).flatten(3), self.weight.flatten(1), self.bias)  # [B, H', W', out]
-        return maps.permute(0, 3, 1, 2)
+            return F.linear(patches.squeeze(1).flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -294,8 +293,7 @@ class SmallMapConv2d(nn.Conv2d):
         return _run(self.native, self.plain, None, maps=x, weight=self.weight, bias=self.bias)
 
     def native(self, x, weight, bias):
-        maps = torch.ops.caps.small_map_conv2d(x.permute(0, 2, 3, 1), weight, bias, self.relu)  # channels last
-        return maps.permute(0, 3, 1, 2)
+        return torch.ops.caps.small_map_conv2d(x.permute(0, 2, 3, 1), weight, bias, self.relu).permute(0, 3, 1, 2)
 
     def plain(self, x, weight, bias):
         maps = self._conv_forward(x, weight, bias)
@@ -303,8 +301,7 @@ class SmallMapConv2d(nn.Conv2d):
 
 
 class FusedReLU(nn.ReLU):
-    """The ReLU that the layer before it, made with relu=True, has done already: so that the list of layers, and the names
-    of weights in checkpoints, are whole."""
+    """The ReLU that the layer before it, made with relu=True, has done; for the list of layers and the weights' names."""
 
     def forward(self, x):
         return x
