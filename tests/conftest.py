@@ -31,6 +31,13 @@ def settings():
 
 
 @pytest.fixture(scope="session")
+def native():
+    """The native operators are there."""
+    name, reason = caps.backend()
+    assert name == "native", reason
+
+
+@pytest.fixture(scope="session")
 def embedded():
     return caps.load_data("mnist5k", "nowhere")
 

@@ -16,12 +16,7 @@ SANITIZED = bool(os.environ.get("CAPS_TEST_SANITIZED"))
 if SANITIZED:
     extension.FLAGS[:] = ["-O1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ops = torch.ops.caps
-
-
-@pytest.fixture(scope="session", autouse=True)
-def native():
-    name, reason = caps.backend()
-    assert name == "native", reason
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def make(B, N, K, J, D, dtype=torch.float64, scale=0.3):

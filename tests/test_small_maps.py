@@ -8,14 +8,9 @@ from torch.autograd import gradcheck
 import caps
 
 ops = torch.ops.caps
+pytestmark = pytest.mark.usefixtures("native")
 # B I O: one channel, tiles of lanes partly, just and more than filled, more samples than a task takes at once
 SIZES = [(1, 1, 1), (3, 6, 5), (2, 64, 32), (9, 33, 17), (5, 130, 40), (131, 8, 70), (300, 16, 16)]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def library():
-    name, reason = caps.backend()
-    assert name == "native", reason
 
 
 def make(B, I, O, side, kernel, dtype=torch.float64):

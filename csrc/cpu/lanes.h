@@ -49,6 +49,23 @@ void store(T* to, Vec<T> x) {
   std::memcpy(to, &x, sizeof x);
 }
 
+// The first `count` numbers of a vector, or all of it where there are as many; beyond them loads give 0.
+template <class T>
+Vec<T> load_some(const T* from, int64_t count) {
+  if (count >= lanes<T>) return load(from);
+  Vec<T> x{};
+  std::memcpy(&x, from, std::max<int64_t>(0, count) * sizeof(T));
+  return x;
+}
+
+template <class T>
+void store_some(T* to, Vec<T> x, int64_t count) {
+  if (count >= lanes<T>)
+    store(to, x);
+  else
+    std::memcpy(to, &x, std::max<int64_t>(0, count) * sizeof(T));
+}
+
 // Uninitialised, aligned scratch memory.
 template <class T>
 class Buffer {
@@ -91,11 +108,11 @@ Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<l...>) {
 #endif
 }
 
-// One step for each of `groups` groups of rows, whose first half is interleaved with the second.
-template <class T, int P, int parts, int groups, int rows>
+// One step for each of `parts` groups of rows, whose first half is interleaved with the second within parts of vectors.
+template <class T, int P, int parts, int rows>
 inline void interleave_rows(Vec<T> (&x)[rows]) {
   constexpr auto all = std::make_index_sequence<lanes<T>>();
-  constexpr int half = rows / groups / 2;
+  constexpr int half = rows / parts / 2;
   Vec<T> y[rows];
 #pragma GCC unroll 16
   for (int r = 0; r < rows / 2; ++r) {
@@ -125,7 +142,7 @@ inline void transpose(Vec<T> (&x)[lanes<T> / P]) {
   }
 #pragma GCC unroll 4
   for (int step = parts; step < rows; step *= 2)
-    interleave_rows<T, P, parts, parts>(x);
+    interleave_rows<T, P, parts>(x);
 }
 
 // Lane r of the result: the sum over the lanes of x[r].

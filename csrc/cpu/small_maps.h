@@ -126,22 +126,6 @@ inline void for_blocks(int64_t rows, const F& f) {
 
 // ---- the convolution ------------------------------------------------------------------------------------------------
 
-template <class T>
-Vec<T> load_some(const T* from, int64_t count) {
-  if (count >= lanes<T>) return load(from);
-  Vec<T> x{};
-  std::memcpy(&x, from, std::max<int64_t>(0, count) * sizeof(T));
-  return x;
-}
-
-template <class T>
-void store_some(T* to, Vec<T> x, int64_t count) {
-  if (count >= lanes<T>)
-    store(to, x);
-  else
-    std::memcpy(to, &x, std::max<int64_t>(0, count) * sizeof(T));
-}
-
 template <class T, int S>
 struct SmallMapConv {
   static constexpr int L = lanes<T>, pixels = S * S, side = 2 * S - 1;
@@ -157,19 +141,23 @@ struct SmallMapConv {
   static int64_t vectors(int64_t channels) { return (tiles(channels) | 1) * tile; }
   int used(int64_t first, int64_t channels) const { return std::clamp<int64_t>(channels - first, 0, L); }
 
-  // Maps [B, S, S, C] -> [E², B, C] by `f` of a plane of vectors; of maps where `output` is positive, if it is given.
+  // `count` gradients, or a vector of them, from `at` on; 0 where a ReLU, if its output is given, let nothing through.
+  // As in torch NaN is let through.
+  static Vec<T> load_passed(const T* grad, const T* output, int64_t at, int64_t count) {
+    const Vec<T> g = load_some(grad + at, count);
+    return output ? (load_some(output + at, count) <= 0 ? Vec<T>{} : g) : g;
+  }
+
+  // Maps [B, S, S, C] -> [E², B, C] by `f` of a plane of vectors; `output` as for load_passed.
   template <class F>
   void spread(const T* maps, const T* output, int64_t C, Vec<T>* to, const F& f) const {
     const int64_t width = vectors(C);
     torch::stable::parallel_for(0, B, 1 + 8192 / (pixels * C), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        for (int64_t v = 0; v < width; ++v) {
+        for (int64_t v = 0; v < tiles(C) * tile; ++v) {
           Vec<T> x[pixels], y[products];
-          for (int p = 0; p < pixels; ++p) {
-            const int64_t at = (b * pixels + p) * C + v * L;
-            x[p] = load_some(maps + at, C - v * L);
-            if (output) x[p] = load_some(output + at, C - v * L) <= 0 ? Vec<T>{} : x[p];  // as torch: NaN is let through
-          }
+          for (int p = 0; p < pixels; ++p)
+            x[p] = load_passed(maps, output, (b * pixels + p) * C + v * L, C - v * L);
           f(x, y);
           for (int e = 0; e < products; ++e)
             to[(e * B + b) * width + v] = y[e];
@@ -332,11 +320,8 @@ struct SmallMapConv {
   void bias_gradient(const T* grad, const T* output, T* grad_bias) const {
     for (int64_t o = 0; o < O; o += L) {
       Vec<T> sum{};
-      for (int64_t row = 0; row < B * pixels; ++row) {
-        Vec<T> g = load_some(grad + row * O + o, O - o);
-        if (output) g = load_some(output + row * O + o, O - o) <= 0 ? Vec<T>{} : g;
-        sum += g;
-      }
+      for (int64_t row = 0; row < B * pixels; ++row)
+        sum += load_passed(grad, output, row * O + o, O - o);
       store_some(grad_bias + o, sum, O - o);
     }
   }
