@@ -6,7 +6,9 @@
     python tests/bench.py maps                                            convolutions of small maps against PyTorch's
     python tests/bench.py train                                           whole steps against the straightforward pipeline
     python tests/bench.py ddp                                             one process against two, on the CPU
-    python tests/bench.py accuracy [--epochs 20] [--seeds 1]              whole trainings, fast and plain layers
+    python tests/bench.py accuracy [SETTING ...] [--seeds 1 2 3]          whole trainings with several seeds; all settings of
+                                          the README by default, or 'NAME=train --lr 0.002'; it goes on where it stopped
+    python tests/bench.py plain [options of caps.py train]                a training with plain layers and routing
     python tests/bench.py pictures --checkpoint F [--count 300]           accuracy on drawn, scanned, photographed digits
     python tests/bench.py all --json F                                    ops, scale, train and ddp
 
@@ -23,9 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import caps  # noqa: E402
+from bench_accuracy import SETTINGS, accuracy, setting, train_plain  # noqa: E402
 from bench_operators import ops, scale, small_maps, sweep  # noqa: E402
 from bench_pictures import pictures  # noqa: E402
-from bench_training import accuracy, accuracy_process, ddp, ddp_process, train  # noqa: E402
+from bench_training import ddp, ddp_process, train  # noqa: E402
 
 
 def everything(options):
@@ -33,6 +36,8 @@ def everything(options):
 
 
 def main():
+    if sys.argv[1:2] == ["plain"]:
+        sys.exit(train_plain(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser("ops", help="the operators")
@@ -49,11 +54,12 @@ def main():
     command = commands.add_parser("ddp", help="one process against two, on the CPU")
     command.add_argument("--process", choices=list(caps.MODELS), help=argparse.SUPPRESS)
     command.set_defaults(run=lambda options: ddp_process(options.process) if options.process else ddp(options))
-    command = commands.add_parser("accuracy", help="whole trainings of AlexCapsNet, fast and plain")
-    command.add_argument("--epochs", type=int, default=20)
-    command.add_argument("--seeds", type=int, default=1)
-    command.add_argument("--process", nargs=5, help=argparse.SUPPRESS)
-    command.set_defaults(run=lambda options: accuracy_process(*options.process) if options.process else accuracy(options))
+    command = commands.add_parser("accuracy", help="whole trainings of several settings and seeds")
+    command.add_argument("settings", nargs="*", type=setting, metavar="SETTING",
+                         help=f"{', '.join(SETTINGS)}, or 'NAME=command'")
+    command.add_argument("--seeds", nargs="+", type=int, help="in place of each setting's own number of them")
+    command.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="folder of the runs' folders")
+    command.set_defaults(run=accuracy)
     command = commands.add_parser("pictures", help="digits as people photograph, scan and draw them")
     command.add_argument("--checkpoint", type=Path, required=True)
     command.add_argument("--count", type=int, default=300, help="pictures of each kind")

@@ -1,4 +1,4 @@
-"""Training: whole steps against the straightforward pipeline, two processes against one, whole trainings."""
+"""Training: whole steps against the straightforward pipeline, two processes against one."""
 import contextlib
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import caps
-from caps.extras import faster, results, summary
+from caps.extras import faster, summary
 from timing import interleave, machine, product_rate, ratio, synchronize
 
 BENCH = str(Path(__file__).with_name("bench.py"))
@@ -226,41 +226,3 @@ def ddp(options):
             print("{model:<10}{processes} process(es), {threads} thread(s) each {ms:>8.1f} ms {images_per_second:>8.0f} images/s"
                   "  communication {communication:>5.1%}".format(**rows[-1]), flush=True)
     return {"command": "ddp", "machine": machine("cpu"), "rows": rows}
-
-
-def train_plain(args):
-    """caps.train with plain layers and routing, Adam as it comes and denormal numbers as they are."""
-    def start(args, world, fast=None, start=caps.start_run):
-        faster.keep_freed_memory()  # else as the fast one
-        run = start(args, world)
-        run.optimizer = torch.optim.Adam(plain_layers(run.model).parameters(), lr=run.args.lr)
-        return run
-    caps.start_run = start
-    return caps.train(args, results.write_results)
-
-
-def accuracy_process(layers, epochs, seed, device, folder):
-    """What each process of `accuracy` runs, a training of AlexCapsNet."""
-    args = caps.parse(["train", "--epochs", epochs, "--seed", seed, "--device", device, "--out", folder])
-    return train_plain(args) if layers == "plain" else caps.train(args, results.write_results, faster)
-
-
-def accuracy(options):
-    """AlexCapsNet trained with the same recipe and seeds in caps.py's fastest way and in plain PyTorch."""
-    print(f"AlexCapsNet, {options.epochs} epochs; {machine(options.device)}")
-    rows = []
-    for seed in range(1, options.seeds + 1):
-        row = {"seed": seed}
-        for layers in ("fast", "plain"):
-            with tempfile.TemporaryDirectory() as folder:
-                subprocess.run([sys.executable, BENCH, "accuracy", "--process", layers, str(options.epochs), str(seed),
-                                options.device, folder], check=True, env=os.environ | {
-                                    "OMP_NUM_THREADS": str(torch.get_num_threads())})
-                facts = json.loads(Path(folder, "summary.json").read_text())
-                row[layers] = {key: facts[key] for key in ("test_accuracy", "seconds_per_epoch", "dataset")}
-        rows.append(row)
-        print("seed {}: fast {:.2%}, {:.1f} s an epoch; plain {:.2%}, {:.1f} s an epoch".format(seed, *(
-            row[layers][key] for layers in ("fast", "plain") for key in ("test_accuracy", "seconds_per_epoch"))), flush=True)
-    difference = statistics.mean(row["fast"]["test_accuracy"] - row["plain"]["test_accuracy"] for row in rows)
-    print(f"fast - plain: {100 * difference:+.2f} points on {rows[0]['fast']['dataset']}, mean of {len(rows)} seed(s)")
-    return {"command": "accuracy", "machine": machine(options.device), "difference": difference, "rows": rows}
