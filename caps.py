@@ -5,7 +5,7 @@
     python caps.py --dataset photos/letters --size 48       own images: photos/letters/CLASS/*.png, .npz or IDX files
     python caps.py --resume runs/alexcaps-mnist/last.pt     go on where a run was stopped
     python caps.py eval --checkpoint runs/alexcaps-mnist/last.pt
-    python caps.py predict --checkpoint runs/alexcaps-mnist/last.pt digit.png
+    python caps.py predict photo.jpg                        by a network that comes along, or --checkpoint
     python caps.py export --checkpoint runs/alexcaps-mnist/last.pt model.onnx
     python caps.py summary --model rescaps
     python caps.py diagram --model rescaps                  draw the network: diagram-rescaps.svg and .png
@@ -940,7 +940,6 @@ def save(run):
     gathered first. Neither a loss nor weights that are not finite are ever saved."""
     totals = all_sum(run.world, run.totals.clone()).cpu()
     check_finite(run, totals[0].item() + sum(weight.detach().sum() for weight in run.model.parameters()).item())
-
     runs = extra("runs")
 
     def write():
@@ -1059,7 +1058,7 @@ def evaluate(args, write):
     def read_inputs():
         checkpoint = read_checkpoint(args.checkpoint)
         data = extra("datasets").load_data_for(checkpoint, args.dataset, args.data_dir)
-        folder = pathlib.Path(args.out or pathlib.Path(args.checkpoint).parent / f"eval-{data.title}")
+        folder = pathlib.Path(args.out or extra("runs").folder_of(args.checkpoint) / f"eval-{data.title}")
         if (folder / "last.pt").exists():
             raise UserError(f"--out {folder}: holds a training run; name another folder")
         extra("runs").check_writable(folder)
@@ -1108,9 +1107,10 @@ def file_name(text):
 
 
 def checkpoint_name(text):
-    """An argparse type: a checkpoint, of a run's folder its last.pt."""
+    """An argparse type: a checkpoint, of a run's folder its last.pt; or the name of a network in extras/networks/."""
     path = file_name(text)
-    return os.path.join(path, "last.pt") if os.path.isdir(path) else path
+    known = {} if os.path.exists(path) else extra("runs").NETWORKS
+    return os.path.join(path, "last.pt") if os.path.isdir(path) else str(known.get(text, path))
 
 
 def dataset_name(text):
@@ -1148,7 +1148,8 @@ SHARED_OPTIONS = {
                        help="folder of the IDX files, or torchvision's; else CAPS_DATA, else ./data"),
     "--device": dict(choices=["auto", "cpu", "cuda"], default="auto", help="where to compute"),
     "--amp": dict(choices=["off", "bf16", "fp16"], default="off", help="mixed precision; fp16 needs CUDA"),
-    "--checkpoint": dict(type=checkpoint_name, required=True, metavar="FILE", help="last.pt of a run"),
+    "--checkpoint": dict(type=checkpoint_name, default="alexcaps", metavar="FILE", help="a run's folder or its last.pt, or "
+                         "alexcaps or rescaps, trained networks that come along"),
     "--out": dict(type=file_name, metavar="DIR"),
 }
 
@@ -1173,8 +1174,7 @@ def eval_options(add):
 
 def several_processes():
     """Whether a launcher started this process among others; start_world looks closer."""
-    size = os.environ.get("WORLD_SIZE", "")
-    return size.isdecimal() and int(size) > 1
+    return os.environ.get("WORLD_SIZE", "").isdecimal() and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def cpu_amp():

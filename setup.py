@@ -56,7 +56,8 @@ setup(
     packages=["caps_parts.csrc", "caps_parts.extras"],  # where caps.__path__ looks for them
     package_dir={"caps_parts.csrc": "csrc", "caps_parts.extras": "extras"},
     package_data={"caps_parts.csrc": [f"{folder}*.{kind}" for folder in ("", "cpu/", "cuda/")
-                                      for kind in ("cpp", "h", "cu")]},
+                                      for kind in ("cpp", "h", "cu")],
+                  "caps_parts.extras": ["networks/*.pt"]},
     entry_points={"console_scripts": ["caps = caps:program"]},
     install_requires=["torch>=2.11,<2.15", "torchvision>=0.26,<0.30", "numpy", "matplotlib", "scikit-learn", "scipy",
                       "tqdm", "mlxtend", "pillow", "pybind11", "ninja"],

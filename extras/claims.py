@@ -1,4 +1,5 @@
-"""What the study claims, and how finished runs judge it. Runs are those that report.read_run reads.
+"""What the study claims, and how finished runs judge it. Runs are those that report.read_run reads; a group of them
+differs in the seed alone.
 
 A judge returns whether a claim holds, None where that is not measured, and what was measured.
 """
@@ -6,6 +7,17 @@ A judge returns whether a claim holds, None where that is not measured, and what
 import numpy as np
 
 from caps import MODELS
+from caps.extras.compare import groups, p_value, spread
+
+# What the study's published notebooks and scripts do otherwise than its text: of which network, with several processes
+# or one, its accuracy, and the options that are another.
+CODE = [
+    ("AlexCapsNet, 1 process: 128 images a step, no decay, 10 epochs; the text has 32, a decay and 20", "alexcaps", False,
+     0.9806, {"batch_size": 128, "gamma": 1, "epochs": 10}),
+    ("ResCapsNet, 1 process: neither rotation nor decay", "rescaps", False, 0.9870, {"rotate": 0, "gamma": 1}),
+    ("AlexCapsNet, several processes: 128 images each, times 4 accumulated, no decay", "alexcaps", True, 0.9628,
+     {"batch_size": 128, "accumulate": 4, "gamma": 1, "lr_scale": "none", "warmup": 0}),
+]
 
 
 def claims(runs, fits):
@@ -13,7 +25,7 @@ def claims(runs, fits):
     every, runs = runs, [run for run in runs if not run.facts["decoder"]]  # the study's networks have none
     judges = {(model, several): reference(runs, model, several) for model in MODELS for several in (False, True)}
     alex, res = pair = [judges[model, False] for model in MODELS]
-    several, in_time = judges["alexcaps", True], "1.5 times or more, same device and amp"
+    in_time = "1.5 times or more, same device and amp"
     full, none = [run for run in runs if run.full], "no finished run on full MNIST"
     fewest_parameters = {"alexcaps": 10e6, "rescaps": 1e6}
     r2 = {title: [np.nanmean(r2) for r2, _ in fit.values()] for title, fit in fits.items()}
@@ -23,26 +35,29 @@ def claims(runs, fits):
                  ("alexcaps", "1 process", 10, 0.9806), ("alexcaps", "several processes", 20, 0.9628),
                  ("rescaps", "1 process", 20, 0.9870), ("rescaps", "several processes", 10, 0.9786))]
     table += [
-        ("ResCapsNet ends higher", "by two standard errors, not after longer training", judge_higher, alex, res),
+        ("ResCapsNet ends higher", "not after longer training; over seeds by Welch's t-test at 5 %, of one seed by two standard "
+         "errors", judge_higher, alex, res),
         ("AlexCapsNet reaches 90 % two to three epochs earlier", "by 2 epochs or more", judge_earlier, alex, res),
         ("ROC nearly perfect for both", "macro AUC of each at least 0.99", judge_both,
-         lambda run: run.facts["macro_auc"] >= 0.99, lambda run: f"{run.facts['macro_auc']:.5f}",
-         [run for run in pair if not isinstance(run, str)]),
+         lambda group: np.mean(of(group, "macro_auc")) >= 0.99, lambda group: spread(of(group, "macro_auc"), 5),
+         [group for group in pair if not isinstance(group, str)]),
         ("AlexCapsNet has tens of millions of parameters, ResCapsNet a few million",
          "10 to 100 and 1 to 10 million; the described networks have what is measured here", judge_both,
-         lambda run: 1 <= run.facts["parameters"] / fewest_parameters[run.facts["model"]] < 10,
-         lambda run: f"{run.facts['parameters'] / 1e6:.2f} million",
-         [r for r in runs if "parameters" in r.facts and r.facts["traits"]["framing"] == "mnist" and r.study_sized]),
-        ("An AlexCapsNet epoch takes twice a ResCapsNet epoch", in_time, judge_time, alex, res),
-        ("Several processes shorten AlexCapsNet's time significantly", in_time, judge_time, alex, several),
+         lambda group: 1 <= group[0].facts["parameters"] / fewest_parameters[group[0].facts["model"]] < 10,
+         lambda group: f"{group[0].facts['parameters'] / 1e6:.2f} million",
+         [[r] for r in runs if "parameters" in r.facts and r.facts["traits"]["framing"] == "mnist" and r.study_sized]),
+        ("An AlexCapsNet epoch takes twice a ResCapsNet epoch", in_time, judge_time,
+         *timed(runs, [("alexcaps", False), ("rescaps", False)])),
+        ("Several processes shorten AlexCapsNet's time significantly", in_time + ", which several CPU processes share",
+         judge_processes, *timed(runs, [("alexcaps", False), ("alexcaps", True)])),
         ("The loss falls smoothly", "training loss, in 9 of 10 epochs, no rise above 10 %", judge_smooth, full or none),
         ("No instability with 3 iterations", "losses finite, no epoch loses more than 2 points of test accuracy",
          judge_stable, [run for run in full if run.facts["iterations"] == 3] or none),
         *((f"Capsules preserve digit orientation{also}", "R² of the angle at least 0.5 and above the length's, both",
-           judge_both, lambda run: 0.5 <= r2[run.title][0] > r2[run.title][1],
-           lambda run: "{:.2f}, from the length {:.2f}".format(*r2[run.title]),
-           sorted([run for run in every if run.full and run.title in r2 and (run.facts["decoder"] > 0) == decoder],
-                  key=nearness))
+           judge_both, lambda group: 0.5 <= r2[group[0].title][0] > r2[group[0].title][1],
+           lambda group: "{:.2f}, from the length {:.2f}".format(*r2[group[0].title]),
+           [[run] for run in sorted(every, key=nearness)
+            if run.full and run.title in r2 and (run.facts["decoder"] > 0) == decoder])
           for decoder, also in [(False, "")] + [(True, ", the same with a decoder")] * (len(every) > len(runs)))]
     words, rows = {True: "holds", False: "**does not hold**", None: "not measured"}, []
     for says, criterion, judge, *needs in table:  # a need that is a text says what is lacking
@@ -52,55 +67,108 @@ def claims(runs, fits):
     return rows
 
 
+def as_coded(runs):
+    """Rows on what the study's code does otherwise than its text: both as measured here."""
+    runs, rows = [run for run in runs if not run.facts["decoder"]], []
+    for says, model, several, value, recipe in CODE:
+        found = [group for group in groups(run for run in runs if run.full) if is_of(group[0], model, several)
+                 and all(group[0].facts[key] == wanted for key, wanted in recipe.items())]
+        cells = [group if isinstance(group, str) else f"{percent(of(group, 'test_accuracy'))} ({group[0].setting})"
+                 for group in (reference(runs, model, several), *found[:1])]
+        rows.append({"the study's code": says, "its accuracy": percent([value]), "here, nearest to its text": cells[0],
+                     "here, as its code": cells[1] if found else "not measured"})
+    return rows
+
+
 def nearness(run):
     """Sorts the runs of a model by their likeness to the study's; accuracy has no say."""
-    return run.facts["model"], run.full, run.facts.get("world_size") == 1, min(len(run.rows), 20), -len(run.departures)
+    return (run.facts["model"], run.full, run.facts.get("world_size") == 1, min(len(run.rows), 20), -len(run.departures),
+            -run.facts["seed"])
+
+
+def is_of(run, model, several):
+    return run.facts["model"] == model and (run.facts["world_size"] > 1) == several
 
 
 def reference(runs, model, several):
-    """The run on full MNIST, with one or several processes, that claims are judged by; without one, that in words."""
+    """The group of runs on full MNIST, with one or several processes, that claims are judged by; without one, that in
+    words."""
     none = f"no finished run of {MODELS[model].__name__} with {'several processes' if several else '1 process'}"
-    found = [r for r in runs if r.full and r.facts["model"] == model and (r.facts["world_size"] > 1) == several]
-    return max(found, key=nearness, default=f"{none} on full MNIST")
+    found = groups(run for run in runs if run.full and is_of(run, model, several))
+    return max(found, key=lambda group: nearness(group[0]), default=f"{none} on full MNIST")
 
 
-def judge_accuracy(run, epochs, value):
-    rows = run.rows[:epochs]
-    reached = rows[-1]["test_accuracy"]
-    said = f"{100 * reached:.2f} % after {len(rows)} of {epochs} epochs ({run.title})"
-    return reached >= value or (None if len(rows) < epochs else False), said
+def timed(runs, kinds):
+    """Two groups of runs on full MNIST, each of a (model, several processes), nearest to the study's among those of one
+    device and amp; where there are no such two, the nearest, or in words what lacks."""
+    device = [(run.facts["device"], run.facts["amp"]) for run in sorted(runs, key=nearness, reverse=True) if run.full]
+    pairs = [[reference([run for run in runs if run.full and (run.facts["device"], run.facts["amp"]) == one], *kind)
+              for kind in kinds] for one in dict.fromkeys(device)]
+    return next((pair for pair in pairs if not any(isinstance(group, str) for group in pair)),
+                [reference(runs, *kind) for kind in kinds])
 
 
-def judge_both(holds, say, runs):
-    """A claim on both models: a run of each can refute it, only both can prove it."""
-    found = {run.facts["model"]: run for run in runs}
+def of(group, fact):
+    return [run.facts[fact] for run in group]
+
+
+def percent(values):
+    return f"{spread([100 * value for value in values])} %" + (f", n = {len(values)}" if len(values) > 1 else "")
+
+
+def judge_accuracy(group, epochs, value):
+    count = len(group[0].rows[:epochs])
+    reached = [run.rows[count - 1]["test_accuracy"] for run in group]
+    said = f"{percent(reached)} after {count} of {epochs} epochs ({group[0].setting})"
+    return round(np.mean(reached), 6) >= value or (None if count < epochs else False), said
+
+
+def judge_both(holds, say, groups):
+    """A claim on both models: a group of each can refute it, only both can prove it."""
+    found = {group[0].facts["model"]: group for group in groups}
     said = [f"{MODELS[m].__name__} {say(found[m])}" if m in found else f"no {MODELS[m].__name__}" for m in MODELS]
     return all(map(holds, found.values())) and (len(found) == len(MODELS) or None), ", ".join(said)
 
 
 def judge_higher(alex, res):
-    (a, m), (r, n) = ((run.rows[-1]["test_accuracy"], len(run.rows)) for run in (alex, res))
-    unfair = n > m if r > a else n < m
-    error = 100 * np.sqrt((a * (1 - a) + r * (1 - r)) / np.sum(alex.facts["confusion"]))
-    close = 100 * abs(r - a) < 2 * error
-    said = f"{100 * r:.2f} % after {n} epochs against {100 * a:.2f} % after {m}; one seed each, standard error of the "
-    return None if unfair or close else r > a, said + f"difference {error:.2f} points"
+    (a, m), (r, n) = ((of(group, "test_accuracy"), len(group[0].rows)) for group in (alex, res))
+    low, high = np.mean(a), np.mean(r)
+    if min(len(a), len(r)) > 1:
+        chance = p_value(a, r)
+        close, doubt = chance >= 0.05, f"p = {chance:.2g}"
+    else:
+        error = 100 * np.sqrt((low * (1 - low) + high * (1 - high)) / np.sum(alex[0].facts["confusion"]))
+        close, doubt = 100 * abs(high - low) < 2 * error, f"one seed, standard error of the difference {error:.2f} points"
+    unfair = n > m if high > low else n < m
+    return (None if unfair or close else bool(high > low),
+            f"{percent(r)} after {n} epochs against {percent(a)} after {m}; {doubt}")
 
 
-def judge_earlier(*runs):
-    first = [next((row["epoch"] for row in run.rows if row["test_accuracy"] >= 0.9), None) for run in runs]
-    said = [f"epoch {e}" if e else f"not within {len(run.rows)} epochs" for e, run in zip(first, runs)]
-    low = [e or len(run.rows) + 1 for e, run in zip(first, runs)]
-    high = [e or float("inf") for e in first]  # low and high bound the epoch of a run that ended before 90 %
+def judge_earlier(*groups):
+    first = [[next((row["epoch"] for row in run.rows if row["test_accuracy"] >= 0.9), None) for run in group] for group in groups]
+    ends = [len(group[0].rows) for group in groups]
+    said = [f"epoch {spread(epochs, 1) if len(epochs) > 1 else epochs[0]}" if all(epochs) else f"not within {end} epochs"
+            for epochs, end in zip(first, ends)]
+    # Of a run that ended before 90 % only bounds of the epoch are known.
+    low = [np.mean([e or end + 1 for e in epochs]) for epochs, end in zip(first, ends)]
+    high = [np.mean([e or float("inf") for e in epochs]) for epochs in first]
     return True if low[1] - high[0] >= 2 else False if high[1] - low[0] < 2 else None, " against ".join(said)
 
 
 def judge_time(slow, fast):
+    """By the fastest of a group's runs: whatever else a machine does makes them slower."""
+    slow, fast = (min(group, key=lambda run: run.facts["seconds_per_epoch"]) for group in (slow, fast))
     ratio, work = slow.facts["seconds_per_epoch"] / fast.facts["seconds_per_epoch"], slow.size[1] / fast.size[1]
     same = all(slow.facts[key] == fast.facts[key] for key in ("device", "amp"))
     said = ["{seconds_per_epoch:.0f} s ({device}, amp {amp})".format(**run.facts) for run in (slow, fast)]
     said = f"{ratio:.2f} times: {' against '.join(said)}; {work:.3f} times the multiply-adds"
     return ratio >= 1.5 if same else None, said + ("" if same else "; not the same device and amp")
+
+
+def judge_processes(one, several):
+    holds, said = judge_time(one, several)
+    shared = one[0].facts["device"].startswith("cpu")
+    return None if shared else holds, said + "; the processes share the cores, this takes several GPUs" * shared
 
 
 def judge_smooth(runs):

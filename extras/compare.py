@@ -1,4 +1,5 @@
-"""What a decoder changes: runs that differ in their decoder and their seed alone, side by side by means over seeds."""
+"""Runs of several seeds, by their means; and what a decoder changes: runs that differ in it and in their seed alone,
+side by side."""
 
 import warnings
 
@@ -17,12 +18,16 @@ def setting(run, *but):
     return repr([data, recipe, len(run.rows), run.facts.get("world_size")])
 
 
-def of_one_seed(runs):
-    """Of runs that differ in their seed alone, those of the lowest."""
-    lowest = {}
+def groups(runs):
+    """Lists of runs that differ in their seed alone, the lowest first; another run of a seed begins a list of its own."""
+    found = {}
     for run in runs:
-        lowest[setting(run)] = min(lowest.get(setting(run), run.facts["seed"]), run.facts["seed"])
-    return [run for run in runs if run.facts["seed"] == lowest[setting(run)]]
+        alike = found.setdefault(setting(run), [])
+        group = next((group for group in alike if run.facts["seed"] not in [other.facts["seed"] for other in group]), [])
+        if not group:
+            alike.append(group)
+        group.append(run)
+    return [sorted(group, key=lambda run: run.facts["seed"]) for alike in found.values() for group in alike]
 
 
 def pairs(runs):
@@ -56,12 +61,12 @@ def common(pair):
 def rows(pair):
     """Means and standard deviations over seeds, without and with a decoder."""
     return [{"runs": title(runs[0]), "decoder's weight": f"{runs[0].facts['decoder']:g}" if runs[0].facts["decoder"] else None,
-             "seeds": len(runs)} | {what: spread(what, [run.knowledge[what] for run in runs]) for what in common(pair)}
+             "seeds": len(runs)} | {what: spread([run.knowledge[what] for run in runs], DIGITS.get(what, 2)) for what in common(pair)}
             for runs in pair]
 
 
-def spread(what, values):
-    digits = DIGITS.get(what, 2)
+def spread(values, digits=2):
+    """Mean ± standard deviation over seeds."""
     return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 

@@ -1,4 +1,8 @@
-"""The mode `export`: a checkpoint as an ONNX file. Needs the packages of the extra: pip install -e '.[onnx]'."""
+"""The mode `export`: a checkpoint as an ONNX file, or as a small one of the network alone.
+
+    python caps.py export --checkpoint runs/alexcaps-mnist/last.pt model.onnx     needs pip install -e '.[onnx]'
+    python caps.py export --checkpoint runs/alexcaps-mnist/last.pt small.pt
+"""
 
 import contextlib
 import io
@@ -10,17 +14,18 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from caps import (EVALUATION_BATCH, UserError, file_name, lengths, load_model, package, read_checkpoint,
+from caps import (EVALUATION_BATCH, PARTS, STATE, UserError, World, class_scores, file_name, lengths, load_model, package, read_checkpoint,
                   to_float)
 from caps.extras.datasets import load_data_for
-from caps.extras.runs import check_writable, write_atomically
+from caps.extras.runs import check_writable, write_atomically, write_checkpoint
 
 
 def options(add):
     add("--checkpoint")
     add("--dataset")
     add("--data-dir")
-    add("out", metavar="FILE", type=file_name, help="the file to write, model.onnx say")
+    add("out", metavar="FILE", type=file_name, help="the file to write: model.onnx, or small.pt, the network alone "
+        "in half precision, which every mode but --resume takes")
 
 
 class WithLengths(nn.Module):
@@ -38,12 +43,14 @@ class WithLengths(nn.Module):
 
 
 def run(args):
-    """A checkpoint as an ONNX file, kept only if onnxruntime computes the same over the test images. Its metadata hold
-    the names of the classes."""
-    onnxruntime, onnx, _ = (package(name, "export", "-e '.[onnx]'") for name in ("onnxruntime", "onnx", "onnxscript"))
+    """A checkpoint as another file, tried on the test images, or on noise for want of them."""
     out = pathlib.Path(args.out)
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name the file to write, {out / 'model.onnx'} say")
+    small = out.suffix == ".pt"
+    if small and out.exists():
+        raise UserError(f"{out}: is there already, and may be a run's checkpoint; name another file")
+    packages = [] if small else [package(name, "export", "-e '.[onnx]'") for name in ("onnxruntime", "onnx", "onnxscript")]
     check_writable(out.parent, "FILE")
     checkpoint = read_checkpoint(args.checkpoint)
     what = "test images"
@@ -54,10 +61,36 @@ def run(args):
             raise
         what = "images of noise, for want of the data set"
         images = torch.randint(256, (200, *checkpoint["traits"]["image"]), dtype=torch.uint8)
+    said = (write_network if small else write_onnx)(out, checkpoint, images, *packages)
+    print(f"{args.out}: {said} over {len(images):,} {what}")
+    return 0
+
+
+def write_network(out, checkpoint, images):
+    """A checkpoint with the network alone, in half precision but for what BatchNorm has measured; what it differs by."""
+    model = load_model(checkpoint, torch.device("cpu"))
+    halves = {name for name, _ in model.named_parameters()}
+    weights = {name: value.half() if name in halves else value for name, value in model.state_dict().items()}
+    content = {key: checkpoint[key] for key in ("version", "format", "config", "traits", *STATE) if key in checkpoint}
+    content |= dict.fromkeys(PARTS) | {"model": weights, "path": str(out)}
+    world = World(0, 1, torch.device("cpu"))
+    before, after = (class_scores(net, images, world) for net in (model, load_model(content, world.device)))
+    if not after.isfinite().all():
+        raise UserError(f"{out}: not written, half precision cannot hold these weights")
+    write_atomically(out, lambda path: write_checkpoint(path, {k: v for k, v in content.items() if k != "path"}))
+    other = (before.argmax(1) != after.argmax(1)).sum()
+    return (f"{out.stat().st_size / 1e6:.1f} MB; its lengths differ by at most {(before - after).abs().max():.1e}, its class in "
+            f"{other} cases,")
+
+
+def write_onnx(out, checkpoint, images, onnxruntime, onnx, _):
+    """An ONNX file with the names of the classes in its metadata, kept only if onnxruntime computes the same; what it
+    holds and differs by."""
     model = WithLengths(load_model(checkpoint, torch.device("cpu"))).eval()
-    outputs = ["lengths", "capsules"] + ["decoded"] * bool(model.model.decoder)
+    outputs, worst = ["lengths", "capsules"] + ["decoded"] * bool(model.model.decoder), 0.0
 
     def write(path):
+        nonlocal worst
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             torch.onnx.export(model, (to_float(images[:2]),), path, dynamo=True, external_data=False, verbose=False,
@@ -67,7 +100,6 @@ def run(args):
         onnx.helper.set_model_props(content, {"classes": json.dumps(checkpoint["traits"]["classes"])})
         onnx.save(content, path)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        worst = 0.0
         for part in map(to_float, images.split(EVALUATION_BATCH)):
             with torch.no_grad():
                 expected = model(part)
@@ -77,10 +109,8 @@ def run(args):
                 expected, found = ([lengths, capsules, decoded[clear]] for lengths, capsules, decoded in (expected, found))
             worst = max(worst, *(float(np.abs(a.numpy() - b).max(initial=0)) for a, b in zip(expected, found)))
         if not worst <= 1e-5:
-            raise UserError(f"{args.out}: not written, onnxruntime differs by {worst:.1e}, expected at most 1e-5")
-        shape, classes = (", ".join(map(str, checkpoint["traits"]["image"])), len(checkpoint["traits"]["classes"]))
-        print(f"{args.out}: images [batch, {shape}] in [0, 1] -> lengths [batch, {classes}], {', '.join(outputs[1:])}; onnxruntime "
-              f"differs by at most {worst:.1e} over {len(images):,} {what}")
-
+            raise UserError(f"{out}: not written, onnxruntime differs by {worst:.1e}, expected at most 1e-5")
     write_atomically(out, write)
-    return 0
+    shape, classes = (", ".join(map(str, checkpoint["traits"]["image"])), len(checkpoint["traits"]["classes"]))
+    return (f"images [batch, {shape}] in [0, 1] -> lengths [batch, {classes}], {', '.join(outputs[1:])}; onnxruntime differs by "
+            f"at most {worst:.1e}")

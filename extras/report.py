@@ -17,7 +17,7 @@ import torch
 from caps import (COLUMNS, EVALUATION_BATCH, LATER, MODELS, RECIPE, UserError, World, class_scores, file_name,
                   load_model, measure, new_model, number, parse, progress, read_checkpoint, set_title)
 from caps.extras import compare
-from caps.extras.claims import claims, nearness
+from caps.extras.claims import as_coded, claims, nearness, of, percent
 from caps.extras.datasets import earlier_traits, load_data_for
 from caps.extras.diagram import plot_diagram
 from caps.extras.figures import ALL, plot_confusion, plot_curves, plot_roc
@@ -50,10 +50,7 @@ def run(args):
     runs = [run for run in records if run.facts]
     if not runs:
         raise UserError("; ".join(f"{run.folder}: {run.missing[0]}" for run in records) or "report: no run under runs/")
-    for more in ", seed {seed}", " ({folder})":
-        titles = [run.title for run in runs]
-        for run in (run for run in runs if titles.count(run.title) > 1):
-            run.title += more.format(seed=run.facts["seed"], folder=run.folder)
+    give_titles(runs)
     check_writable(out)
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of classes without images; their places stay empty
     tested, turned, distorted = {}, {}, {}
@@ -86,6 +83,24 @@ def run(args):
     return 0
 
 
+def give_titles(runs):
+    """Titles that differ, with no more in them than that takes; `setting` is what the seeds of a group share."""
+    distinguish(runs, compare.setting, lambda run: "".join(f", {change}" for change in run.changes))
+    for run in runs:
+        run.setting = run.title
+    distinguish(runs, lambda run: run.folder, lambda run: f", seed {run.facts['seed']}")
+    distinguish(runs, lambda run: run.folder, lambda run: f" ({run.folder})")
+
+
+def distinguish(runs, what, more):
+    """Add `more(run)` to a title that runs of several `what(run)` have in common."""
+    kinds = {}
+    for run in runs:
+        kinds.setdefault(run.title, set()).add(what(run))
+    for run in runs:
+        run.title += more(run) if len(kinds[run.title]) > 1 else ""
+
+
 # -------------------------------------------------------------------------------------------- what a run's folder tells
 
 
@@ -110,6 +125,9 @@ def read_run(folder):
         run.full = bool(run.rows) and run.study_sized and (dataset, run.facts.get("train_images")) == ("mnist", 60_000)
         study = vars(parse(["train", "--dataset", "mnist", *ONE_PROCESS]))  # the defaults are the study's recipe
         run.departures = [f"{k.replace('_', '-')} {run.facts[k]}" for k in RECIPE[1:] if run.facts[k] != study[k]]
+        run.changes = [f"{len(run.rows)} epochs"] * (len(run.rows) != study["epochs"])  # within a group of seeds none differs
+        run.changes += [text for text in run.departures if text.split()[0] not in ("seed", "dataset", "decoder")]
+        run.setting = run.title
         run.network = run.model or new_model(run.facts, traits)
         run.size = totals(layer_table(run.network))
         if run.rows and len(run.rows) != run.facts["epochs"]:
@@ -163,7 +181,8 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
         return "\n\n".join([title, shown, *text])
 
     runs = [run for run in records if run.facts]
-    drawn = compare.of_one_seed(runs)
+    settings = compare.groups(runs)
+    drawn = [group[0] for group in settings]
     fits = {title: fits for title, (_, _, _, fits) in turned.items()}
     classes = {run.title: run.classes for run in runs}
     tables = [f"**{title}**\n\n" + markdown([
@@ -176,10 +195,12 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
         "Written by `caps.py report` from the files of finished runs. Accuracies are those after the last epoch; "
         "no run and no epoch was chosen by its test accuracy. A run whose loss is no longer finite stops and is not "
         "among them.",
-        "## Results", markdown([results_row(run) for run in runs]),
+        "## Results", markdown([results_row(group) for group in settings]),
+        "Of several seeds means ± standard deviations; seconds, images/s and memory are those of the run that took the least.",
         "## What the study claims", markdown(claims(runs, fits)),
         "Judged by finished runs on full MNIST without a decoder, which the study has not; of several, by that with the "
         "most epochs, 20 at most counted, then the one nearest to the study's recipe.",
+        "The study's published code does otherwise than its text. With its options:", markdown(as_coded(runs)),
         section("## Accuracy and loss", "curves", plot_curves, {run.title: run.rows for run in drawn if run.rows},
                 "Of runs that differ in their seed alone, the pictures show those of the lowest; the table above has all."),
         section("## Confusion matrices", "confusion", plot_confusion,
@@ -209,22 +230,37 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
           ["Not measured: there are no finished runs with and without `--decoder` of as many epochs and the same options "
            "but `--seed`."]),
         "## What is missing",
-        "\n".join(f"* `{record.folder}`: {what}" for record in records for what in record.missing) or "Nothing."]
+        "\n".join(f"* {', '.join(folders)}: {what}" for what, folders in missing(records).items()) or "Nothing."]
     write_atomically(out / "report.md", lambda file: file.write_text("\n\n".join(parts) + "\n", "utf-8", "replace"))
 
 
-def results_row(run):
-    def fact(key, form, scale=1):
-        return form.format(scale * run.facts[key]) if key in run.facts else None
+def missing(records):
+    """{what is missing: the folders it is missing in}."""
+    found = {}
+    for record in records:
+        for what in record.missing:
+            found.setdefault(what, []).append(f"`{record.folder}`")
+    return found
 
-    return {"run": run.title, "setting, but for the study's with 1 process": ", ".join(run.departures) or None,
-            "test accuracy": fact("test_accuracy", "{:.2f} %", 100), "epochs": run.facts["epochs"],
-            "parameters": f"{run.size[0]:,}", "multiply-adds an image": f"{run.size[1]:,}",
+
+def results_row(group):
+    """A row on runs of one setting; times and memory are of the fastest, which had the least beside it."""
+    quiet = min(group, key=lambda run: run.facts.get("seconds_per_epoch", float("inf")))
+    first, same = group[0], lambda key: all(key in run.facts for run in group)
+
+    def fact(key, form, scale=1):
+        return form.format(scale * quiet.facts[key]) if key in quiet.facts else None
+
+    return {"run": first.setting, "setting, but for the study's with 1 process": ", ".join(
+                text for text in first.departures if len(group) == 1 or not text.startswith("seed ")) or None,
+            "seeds": len(group), "test accuracy": percent(of(group, "test_accuracy")) if same("test_accuracy") else None,
+            "epochs": first.facts["epochs"], "parameters": f"{first.size[0]:,}", "multiply-adds an image": f"{first.size[1]:,}",
             "seconds an epoch": fact("seconds_per_epoch", "{:,.0f}"),
-            "images/s": f"{np.mean([row['images_per_second'] for row in run.rows]):,.0f}" if run.rows else None,
+            "images/s": f"{np.mean([row['images_per_second'] for row in quiet.rows]):,.0f}" if quiet.rows else None,
             "peak memory a process": fact("peak_memory_bytes", "{:,.0f} MiB", 2**-20),
-            "macro AUC": fact("macro_auc", "{:.5f}"), "processes": run.facts.get("world_size"),
-            "device": run.facts.get("device"), "folder": f"`{run.folder}`"}
+            "macro AUC": compare.spread(of(group, "macro_auc"), 5) if same("macro_auc") else None,
+            "processes": first.facts.get("world_size"), "device": quiet.facts.get("device"),
+            "folder": ", ".join(f"`{run.folder}`" for run in group)}
 
 
 def markdown(rows):

@@ -12,7 +12,7 @@ def options(add):
     add("--model")
     add("--iterations")
     add("--decoder", action="store_true", help="with a decoder of images from capsules")
-    add("--checkpoint", required=False, help="the network of a run, in the place of --model's for MNIST")
+    add("--checkpoint", default=None, help="the network of a run, in the place of --model's for MNIST")
 
 
 def described(args):

@@ -306,9 +306,9 @@ def test_runs_with_and_without_a_decoder_are_compared():
     assert "no difference is shown" in compare.verdict((pair[0], pair[0]))
     assert "shows nothing" in compare.verdict((pair[0][:1], pair[1]))
     assert compare.rows((pair[0][:1], pair[1]))[0]["test accuracy (%)"] == "98.10"
-    assert compare.of_one_seed(runs) == [runs[0], runs[1], *runs[-2:]]
+    assert compare.groups(runs) == [runs[0:6:2], runs[1:6:2], runs[6:7], runs[7:]]
     again = Run(1, 0, 0.5, 0.5)
-    assert compare.of_one_seed([again, *runs])[:2] == [again, runs[0]]  # another run of the same seed is shown too
+    assert compare.groups([again, *runs])[:2] == [[again, *runs[2:6:2]], [runs[0]]]  # another run of the same seed is shown too
     heavy = [Run(seed, 0.05, 0.5, 0.1) for seed in (1, 2)]
     light, heavy = compare.pairs(runs + heavy)  # a pair for each weight
     assert light == pair and [run.facts["decoder"] for run in heavy[1]] == [0.05, 0.05] and heavy[0] == pair[0]

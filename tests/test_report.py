@@ -39,6 +39,10 @@ def alex(accuracies=(0.95, 0.97), **changes):
     return {"accuracies": accuracies} | changes
 
 
+def gpu(**changes):
+    return alex(device="NVIDIA H100", **changes)
+
+
 DECODED = "Capsules preserve digit orientation, the same with a decoder"
 HOLDS, FAILS, UNKNOWN = "holds", "**does not hold**", "not measured"
 R2 = {"both": ((0.6, 0.1), (0.5, 0.2)), "short": ((0.6, 0.1), (0.4, 0.2)), "length": ((0.6, 0.1), (0.6, 0.7))}
@@ -69,6 +73,19 @@ R2 = {"both": ((0.6, 0.1), (0.5, 0.2)), "short": ((0.6, 0.1), (0.4, 0.2)), "leng
     ("ResCapsNet ends", [alex([0.9, 0.97]), res([0.98])], HOLDS, []),
     ("ResCapsNet ends", [alex([0.98]), res([0.9, 0.97])], FAILS, []),
     ("ResCapsNet ends", [alex()], UNKNOWN, ["ResCapsNet"]),
+    # Three seeds each: a difference of 0.20 points is shown where they lie close together, and not where they do not.
+    ("ResCapsNet ends", [alex([0.9, a], seed=n) for n, a in enumerate((0.9799, 0.98, 0.9801))]
+     + [res([0.9, a], seed=n) for n, a in enumerate((0.9819, 0.982, 0.9821))], HOLDS,
+     ["98.20 ± 0.01 %, n = 3", "98.00 ± 0.01 %, n = 3", "p = 1.6e-05"]),
+    ("ResCapsNet ends", [alex([0.9, a], seed=n) for n, a in enumerate((0.978, 0.98, 0.982))]
+     + [res([0.9, a], seed=n) for n, a in enumerate((0.980, 0.982, 0.984))], UNKNOWN, ["p = 0.29"]),
+    # One seed below, the mean above, and the other way round.
+    ("AlexCapsNet: 98.06", [alex([0.9] * 9 + [a], seed=n) for n, a in enumerate((0.98, 0.985, 0.98))], HOLDS,
+     ["98.17 ± 0.29 %, n = 3"]),
+    ("AlexCapsNet: 98.06", [alex([0.9] * 9 + [a], seed=n) for n, a in enumerate((0.981, 0.98, 0.98))], FAILS, ["98.03"]),
+    ("ROC", [alex(macro_auc=0.998), alex(macro_auc=0.98, seed=2), res(macro_auc=0.995)], FAILS, ["0.98900 ± 0.01273"]),
+    ("AlexCapsNet reaches", [alex([0.9, 0.9, 0.9]), res([0.8, 0.89, 0.9]), res([0.8, 0.9, 0.9], seed=2)], FAILS,
+     ["epoch 1 against epoch 2.5 ± 0.7"]),
     ("AlexCapsNet reaches", [alex([0.9, 0.9, 0.9]), res([0.8, 0.89, 0.9])], HOLDS, ["epoch 1 against epoch 3"]),
     ("AlexCapsNet reaches", [alex([0.9, 0.9]), res([0.8, 0.9])], FAILS, ["epoch 1 against epoch 2"]),
     ("AlexCapsNet reaches", [alex([0.9, 0.9]), res([0.8, 0.8])], HOLDS, ["not within 2 epochs"]),
@@ -84,9 +101,11 @@ R2 = {"both": ((0.6, 0.1), (0.5, 0.2)), "short": ((0.6, 0.1), (0.4, 0.2)), "leng
     ("An AlexCapsNet epoch", [alex(seconds_per_epoch=150.0), res()], HOLDS, ["1.50 times", "0.049 times the multiply-adds"]),
     ("An AlexCapsNet epoch", [alex(seconds_per_epoch=149.0), res()], FAILS, ["1.49 times"]),
     ("An AlexCapsNet epoch", [alex(seconds_per_epoch=150.0), res(device="cpu, 2 threads")], UNKNOWN, ["not the same"]),
-    ("Several", [alex(), alex(seconds_per_epoch=50.0, world_size=4)], HOLDS, ["2.00 times"]),
-    ("Several", [alex(), alex(seconds_per_epoch=80.0, world_size=4)], FAILS, ["1.25 times"]),
-    ("Several", [alex(), alex(seconds_per_epoch=50.0, world_size=4, amp="bf16")], UNKNOWN, ["not the same device and amp"]),
+    ("An AlexCapsNet epoch", [alex(), res(amp="bf16"), alex(seconds_per_epoch=150.0, amp="bf16")], HOLDS, ["1.50", "amp bf16"]),
+    ("Several", [gpu(), gpu(seconds_per_epoch=50.0, world_size=4)], HOLDS, ["2.00 times"]),
+    ("Several", [gpu(), gpu(seconds_per_epoch=80.0, world_size=4)], FAILS, ["1.25 times"]),
+    ("Several", [gpu(), gpu(seconds_per_epoch=50.0, world_size=4, amp="bf16")], UNKNOWN, ["not the same device and amp"]),
+    ("Several", [alex(), alex(seconds_per_epoch=50.0, world_size=4)], UNKNOWN, ["2.00 times", "share the cores"]),
     ("Several", [alex()], UNKNOWN, []),
     ("The loss", [alex([0.9] * 3, losses=[3.0, 2.0, 1.0])], HOLDS, ["fell in 2 of 2"]),
     ("The loss", [alex([0.9] * 3, losses=[1.0, 2.0, 1.0])], FAILS, ["fell in 1 of 2", "100.0 %"]),
@@ -123,15 +142,48 @@ def test_the_run_that_judges_is_not_chosen_by_its_accuracy(tmp_path):
     better = hand_made(tmp_path / "a", accuracies=[0.99] * 10, ema=0.999)
     plain = hand_made(tmp_path / "b", accuracies=[0.97] * 10)
     short = hand_made(tmp_path / "c", accuracies=[0.995] * 4)
-    assert claims.reference(read_runs(better, plain, short), "alexcaps", False).folder == plain
-    assert claims.reference(read_runs(better, short), "alexcaps", False).folder == better
+    assert [run.folder for run in claims.reference(read_runs(better, plain, short), "alexcaps", False)] == [plain]
+    assert [run.folder for run in claims.reference(read_runs(better, short), "alexcaps", False)] == [better]
+
+
+def test_seeds_of_a_setting_are_one_row_and_titles_tell_settings_apart(tmp_path):
+    accuracies = {"plain": (0.9712, 0.9730, 0.9700), "longer": (0.98,), "shifted": (0.97, 0.98)}
+    changes = {"plain": {}, "longer": {}, "shifted": {"shift": 2.0}}
+    runs = read_runs(*(hand_made(tmp_path / name / str(seed), accuracies=[0.9, 0.95, value][-3 if name == "longer" else -2:], seed=seed,
+                                 seconds_per_epoch=90.0 + seed, peak_memory_bytes=seed * 2**20, **changes[name])
+                       for name, values in accuracies.items() for seed, value in enumerate(values, 1)))
+    runs += read_runs(hand_made(tmp_path / "again" / "1", accuracies=[0.95, 0.9712]))  # a seed counts once
+    report.give_titles(runs)
+    plain = "AlexCapsNet, 1 process, 2 epochs"
+    assert [run.title for run in runs] == [
+        f"{plain}, seed 1 ({tmp_path}/plain/1)", f"{plain}, seed 2", f"{plain}, seed 3", "AlexCapsNet, 1 process, 3 epochs",
+        f"{plain}, shift 2.0, seed 1", f"{plain}, shift 2.0, seed 2", f"{plain}, seed 1 ({tmp_path}/again/1)"]
+    rows = [report.results_row(group) for group in report.compare.groups(runs)]
+    assert [(row["run"], row["seeds"], row["test accuracy"]) for row in rows] == [
+        (plain, 3, "97.14 ± 0.15 %, n = 3"), (plain, 1, "97.12 %"), ("AlexCapsNet, 1 process, 3 epochs", 1, "98.00 %"),
+        (f"{plain}, shift 2.0", 2, "97.50 ± 0.71 %, n = 2")]
+    assert [rows[0][key] for key in ("seconds an epoch", "peak memory a process", "setting, but for the study's with 1 process")
+            ] == ["91", "1 MiB", None]  # of the fastest
+    assert rows[3]["setting, but for the study's with 1 process"] == "shift 2.0"
+
+
+def test_options_of_the_studys_code_are_recognised(tmp_path):
+    code = {"batch_size": 128, "gamma": 1, "accuracies": [0.975] * 10}
+    specs = [{"accuracies": [0.98] * 20}, code, code | {"accuracies": [0.97] * 20},
+             {"accuracies": [0.9627] * 20, "world_size": 4, "batch_size": 128, "accumulate": 4, "gamma": 1}]
+    folders = [hand_made(tmp_path / str(number), **spec) for number, spec in enumerate(specs)]
+    rows = claims.as_coded(read_runs(*folders))
+    assert [[cell.split(" (")[0] for cell in list(row.values())[1:]] for row in rows] == [
+        ["98.06 %", "98.00 %", "97.50 %"], ["98.70 %", "no finished run of ResCapsNet with 1 process on full MNIST", "not measured"],
+        ["96.28 %", "96.27 %", "96.27 %"]]
+    assert claims.as_coded(read_runs(folders[0]))[0]["here, as its code"] == "not measured"
 
 
 def test_results_row_by_hand(tmp_path):
     run, = read_runs(hand_made(tmp_path / "run", accuracies=[0.95, 0.9712], lr=0.002, world_size=4))
-    row = report.results_row(run)
+    row = report.results_row([run])
     assert list(row.values())[:-1] == [
-        "AlexCapsNet, 4 processes", "lr 0.002", "97.12 %", 2, "2,683,840", "10,588,416", "100", "600",
+        "AlexCapsNet, 4 processes", "lr 0.002", 1, "97.12 %", 2, "2,683,840", "10,588,416", "100", "600",
         "1,024 MiB", "0.99900", 4, "cpu, 1 threads"]
     table = report.markdown([{"a": 1, "b": None}, {"a": 2, "b": "x"}])
     assert table == "| a | b |\n| --- | --- |\n| 1 | – |\n| 2 | x |"
@@ -150,7 +202,7 @@ def test_damaged_run_folders_are_read_as_far_as_they_go(trained, tmp_path):
     run = damaged("unfinished", summary=None)
     assert run.missing == ["summary.json is not there"] and "unfinished" in run.title
     assert run.facts["test_accuracy"] == whole.facts["test_accuracy"] and run.rows == whole.rows
-    assert report.results_row(run)["processes"] is None
+    assert report.results_row([run])["processes"] is None
     assert report.test_again(run, "nowhere", torch.device("cpu"))[3]["test_accuracy"] == whole.facts["test_accuracy"]
     assert len(run.missing) == 1
     run.facts["test_accuracy"] -= 0.1
