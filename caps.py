@@ -822,7 +822,7 @@ def facts_of(run):
     return {key: getattr(run.args, key) for key in RECIPE} | {
         "train_images": len(run.data.train_images), "epochs": run.epoch,
         "parameters": sum(p.numel() for p in run.model.parameters()),
-        "seconds_per_epoch": float(np.mean([row["seconds"] for row in run.history]))}
+        "seconds_per_epoch": float(np.median([row["seconds"] for row in run.history]))}
 
 
 # ------------------------------------------------------------------------------------------------ what a run is made of

@@ -71,12 +71,12 @@ def write_network(out, checkpoint, images):
     model = load_model(checkpoint, torch.device("cpu"))
     halves = {name for name, _ in model.named_parameters()}
     weights = {name: value.half() if name in halves else value for name, value in model.state_dict().items()}
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"{out}: not written, half precision cannot hold these weights, they are too large")
     content = {key: checkpoint[key] for key in ("version", "format", "config", "traits", *STATE) if key in checkpoint}
     content |= dict.fromkeys(PARTS) | {"model": weights, "path": str(out)}
     world = World(0, 1, torch.device("cpu"))
     before, after = (class_scores(net, images, world) for net in (model, load_model(content, world.device)))
-    if not after.isfinite().all():
-        raise UserError(f"{out}: not written, half precision cannot hold these weights")
     write_atomically(out, lambda path: write_checkpoint(path, {k: v for k, v in content.items() if k != "path"}))
     other = (before.argmax(1) != after.argmax(1)).sum()
     return (f"{out.stat().st_size / 1e6:.1f} MB; its lengths differ by at most {(before - after).abs().max():.1e}, its class in "

@@ -196,7 +196,8 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
         "no run and no epoch was chosen by its test accuracy. A run whose loss is no longer finite stops and is not "
         "among them.",
         "## Results", markdown([results_row(group) for group in settings]),
-        "Of several seeds means ± standard deviations; seconds, images/s and memory are those of the run that took the least.",
+        "Of several seeds means ± standard deviations. Seconds, images/s and memory are those of the run that took the least, "
+        "medians over its epochs.",
         "## What the study claims", markdown(claims(runs, fits)),
         "Judged by finished runs on full MNIST without a decoder, which the study has not; of several, by that with the "
         "most epochs, 20 at most counted, then the one nearest to the study's recipe.",
@@ -256,7 +257,7 @@ def results_row(group):
             "seeds": len(group), "test accuracy": percent(of(group, "test_accuracy")) if same("test_accuracy") else None,
             "epochs": first.facts["epochs"], "parameters": f"{first.size[0]:,}", "multiply-adds an image": f"{first.size[1]:,}",
             "seconds an epoch": fact("seconds_per_epoch", "{:,.0f}"),
-            "images/s": f"{np.mean([row['images_per_second'] for row in quiet.rows]):,.0f}" if quiet.rows else None,
+            "images/s": f"{np.median([row['images_per_second'] for row in quiet.rows]):,.0f}" if quiet.rows else None,
             "peak memory a process": fact("peak_memory_bytes", "{:,.0f} MiB", 2**-20),
             "macro AUC": compare.spread(of(group, "macro_auc"), 5) if same("macro_auc") else None,
             "processes": first.facts.get("world_size"), "device": quiet.facts.get("device"),

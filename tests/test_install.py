@@ -35,7 +35,7 @@ def installed(tmp_path_factory):
 def test_every_source_is_installed(installed):
     for folder in ("csrc", "extras"):
         here = {path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*")
-                if path.suffix in (".py", ".cpp", ".cu", ".h")}
+                if path.suffix in (".py", ".cpp", ".cu", ".h", ".pt")}
         there = installed / "caps_parts" / folder
         assert here and here == {path.relative_to(there) for path in there.rglob("*") if path.is_file()}
 
