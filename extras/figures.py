@@ -1,5 +1,6 @@
 """The pictures of finished runs: accuracy and loss over epochs, confusion matrices, ROC curves, the worst errors."""
 
+import textwrap
 import warnings
 
 import numpy as np
@@ -58,7 +59,8 @@ def plot_curves(runs, path):
 
 def plot_confusion(results, path):
     """Confusion matrices side by side; `results` maps a title to `measure`'s dictionary with the names of `classes`."""
-    columns, rows = min(3, len(results)), -(-len(results) // 3)
+    columns = min(2 if len(results) == 4 else 3, len(results))
+    rows = -(-len(results) // columns)
     counts = np.array([len(result["classes"]) for result in results.values()])
     cells = np.interp(counts, (12, 26, 100), (0.4, 0.32, 0.19))  # inches
     sides = np.zeros(columns * rows)
@@ -78,7 +80,7 @@ def plot_confusion(results, path):
                 axis.text(column, row, n, ha="center", va="center", fontsize=min(8, 30 * cell),
                           color="white" if share[row, column] > 0.5 else "black")
         axis.set(xlabel="predicted class", ylabel="true class",
-                 title=f"{title}\n{100 * result['test_accuracy']:.2f} % of {counts.sum():,}")
+                 title=f"{textwrap.fill(title, 48)}\n{100 * result['test_accuracy']:.2f} % of {counts.sum():,}")
         small = {} if len(names) <= ALL else {"fontsize": min(8, 38 * cell)}
         axis.set_yticks(range(len(names)), names, **small)
         axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, **small)

@@ -17,7 +17,7 @@ import torch
 from caps import (COLUMNS, EVALUATION_BATCH, LATER, MODELS, RECIPE, UserError, World, class_scores, file_name,
                   load_model, measure, new_model, number, parse, progress, read_checkpoint, set_title)
 from caps.extras import compare
-from caps.extras.claims import as_coded, claims, nearness, of, percent
+from caps.extras.claims import as_coded, claims, nearness, of
 from caps.extras.datasets import earlier_traits, load_data_for
 from caps.extras.diagram import plot_diagram
 from caps.extras.figures import ALL, plot_confusion, plot_curves, plot_roc
@@ -29,6 +29,8 @@ from caps.extras.summary import layer_table, totals
 FACTS = {"train_images": int, "epochs": int, "seconds_per_epoch": float, "parameters": int, "test_accuracy": float,
          "macro_auc": float, "device": str, "world_size": int, "peak_memory_bytes": int, "traits": dict,
          "confusion": lambda counts: np.reshape(counts, (len(counts), len(counts))).tolist()}
+
+MOST = 4  # settings in a picture
 
 # The defaults that several processes have others of, and so a launcher's leftovers.
 ONE_PROCESS = "--amp off --accumulate 1 --lr-scale none --warmup 0".split()
@@ -183,6 +185,11 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
     runs = [run for run in records if run.facts]
     settings = compare.groups(runs)
     drawn = [group[0] for group in settings]
+    if len(drawn) > MOST:
+        kinds = {}
+        for run in sorted(drawn, key=nearness):
+            kinds[run.facts["model"], run.facts["decoder"] > 0, run.facts["dataset"], run.facts.get("world_size", 0) > 1] = run.title
+        drawn = [run for run in drawn if run.title in kinds.values()]
     fits = {title: fits for title, (_, _, _, fits) in turned.items()}
     classes = {run.title: run.classes for run in runs}
     tables = [f"**{title}**\n\n" + markdown([
@@ -203,7 +210,8 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
         "most epochs, 20 at most counted, then the one nearest to the study's recipe.",
         "The study's published code does otherwise than its text. With its options:", markdown(as_coded(runs)),
         section("## Accuracy and loss", "curves", plot_curves, {run.title: run.rows for run in drawn if run.rows},
-                "Of runs that differ in their seed alone, the pictures show those of the lowest; the table above has all."),
+                "Of runs that differ in their seed alone, the pictures show those of the lowest; of more settings than "
+                f"{MOST} those nearest to the study's, with one process and with several. The table above has all."),
         section("## Confusion matrices", "confusion", plot_confusion,
                 {run.title: run.facts | {"classes": run.classes} for run in drawn if "confusion" in run.facts}),
         section("## ROC, one class against the rest", "roc", plot_roc,
@@ -231,7 +239,8 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
           ["Not measured: there are no finished runs with and without `--decoder` of as many epochs and the same options "
            "but `--seed`."]),
         "## What is missing",
-        "\n".join(f"* {', '.join(folders)}: {what}" for what, folders in missing(records).items()) or "Nothing."]
+        "\n".join(f"* {', '.join(folders[:3])}{f' and {len(folders) - 3} more' * (len(folders) > 3)}: {what}"
+                  for what, folders in missing(records).items()) or "Nothing."]
     write_atomically(out / "report.md", lambda file: file.write_text("\n\n".join(parts) + "\n", "utf-8", "replace"))
 
 
@@ -254,14 +263,15 @@ def results_row(group):
 
     return {"run": first.setting, "setting, but for the study's with 1 process": ", ".join(
                 text for text in first.departures if len(group) == 1 or not text.startswith("seed ")) or None,
-            "seeds": len(group), "test accuracy": percent(of(group, "test_accuracy")) if same("test_accuracy") else None,
+            "seeds": len(group),
+            "test accuracy": f"{compare.spread(100 * np.array(of(group, 'test_accuracy')))} %" if same("test_accuracy") else None,
             "epochs": first.facts["epochs"], "parameters": f"{first.size[0]:,}", "multiply-adds an image": f"{first.size[1]:,}",
             "seconds an epoch": fact("seconds_per_epoch", "{:,.0f}"),
             "images/s": f"{np.median([row['images_per_second'] for row in quiet.rows]):,.0f}" if quiet.rows else None,
             "peak memory a process": fact("peak_memory_bytes", "{:,.0f} MiB", 2**-20),
             "macro AUC": compare.spread(of(group, "macro_auc"), 5) if same("macro_auc") else None,
             "processes": first.facts.get("world_size"), "device": quiet.facts.get("device"),
-            "folder": ", ".join(f"`{run.folder}`" for run in group)}
+            "folders": f"`{first.folder}`" + "".join(f", `{run.folder.name}`" for run in group[1:])}
 
 
 def markdown(rows):

@@ -25,11 +25,12 @@ SETTINGS = {
     "alexcaps-ddp4": (3, "ddp 4 --model alexcaps --epochs 20 --amp bf16"),
     "alexcaps-ddp4-unscaled": (3, "ddp 4 --model alexcaps --epochs 20 --amp bf16 --lr-scale none --warmup 0"),
     "rescaps": (3, "train --model rescaps --epochs 20 --amp bf16"),
-    "rescaps-ddp4": (3, "ddp 4 --model rescaps --epochs 20 --amp bf16"),
+    "rescaps-ddp4": (3, "ddp 4 --model rescaps --epochs 10 --amp bf16"),
     "alexcaps-code": (1, "train --model alexcaps --epochs 10 --batch-size 128 --gamma 1"),
     "alexcaps-code-ddp4": (1, "ddp 4 --model alexcaps --epochs 20 --amp bf16 --batch-size 128 --gamma 1 --lr-scale none "
                               "--warmup 0"),
     "rescaps-code": (1, "train --model rescaps --epochs 20 --amp bf16 --rotate 0 --gamma 1"),
+    "alexcaps-bf16": (1, "train --model alexcaps --epochs 1 --amp bf16"),  # for times: ResCapsNet's amp
     "alexcaps-plain": (1, "plain --model alexcaps --epochs 20"),
 }
 
