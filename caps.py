@@ -1108,9 +1108,8 @@ def file_name(text):
 
 def checkpoint_name(text):
     """An argparse type: a checkpoint, of a run's folder its last.pt; or the name of a network in extras/networks/."""
-    path = file_name(text)
-    known = {} if os.path.exists(path) else extra("runs").NETWORKS
-    return os.path.join(path, "last.pt") if os.path.isdir(path) else str(known.get(text, path))
+    path = str(extra("runs").NETWORKS.get(text) or file_name(text))
+    return os.path.join(path, "last.pt") if os.path.isdir(path) else path
 
 
 def dataset_name(text):
@@ -1128,7 +1127,7 @@ MODES = {
     "train": "train a model, evaluated after every epoch (the default mode); several processes have other defaults",
     "eval": "evaluate a checkpoint on a test set",
     "predict": "classify image files with a checkpoint",
-    "export": "write a checkpoint as an ONNX file, checked against onnxruntime",
+    "export": "write a checkpoint as an ONNX file, or as a small .pt of the network alone; checked",
     "summary": "print a model layer by layer: shapes, parameters, multiply-adds",
     "diagram": "draw a model as data flows through it: diagram-MODEL.svg and diagram-MODEL.png",
     "report": "judge the study's claims by finished runs, in one page with pictures",
@@ -1149,7 +1148,7 @@ SHARED_OPTIONS = {
     "--device": dict(choices=["auto", "cpu", "cuda"], default="auto", help="where to compute"),
     "--amp": dict(choices=["off", "bf16", "fp16"], default="off", help="mixed precision; fp16 needs CUDA"),
     "--checkpoint": dict(type=checkpoint_name, default="alexcaps", metavar="FILE", help="a run's folder or its last.pt, or "
-                         "alexcaps or rescaps, trained networks that come along"),
+                         "alexcaps or rescaps: trained networks that come along"),
     "--out": dict(type=file_name, metavar="DIR"),
 }
 

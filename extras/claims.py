@@ -9,13 +9,13 @@ import numpy as np
 from caps import MODELS
 from caps.extras.compare import groups, p_value, spread
 
-# What the study's published notebooks and scripts do otherwise than its text: of which network, with several processes
-# or one, its accuracy, and the options that are another.
+# What the study's published notebooks and scripts do otherwise than its text: (network, with several processes), its
+# accuracy, and the options that are others.
 CODE = [
-    ("AlexCapsNet, 1 process: 128 images a step, no decay, 10 epochs; the text has 32, a decay and 20", "alexcaps", False,
-     0.9806, {"batch_size": 128, "gamma": 1, "epochs": 10}),
-    ("ResCapsNet, 1 process: neither rotation nor decay", "rescaps", False, 0.9870, {"rotate": 0, "gamma": 1}),
-    ("AlexCapsNet, several processes: 128 images each, times 4 accumulated, no decay", "alexcaps", True, 0.9628,
+    ("AlexCapsNet, 1 process: 128 images a step, no decay, 10 epochs; the text has 32, a decay and 20",
+     ("alexcaps", False), 0.9806, {"batch_size": 128, "gamma": 1, "epochs": 10}),
+    ("ResCapsNet, 1 process: neither rotation nor decay", ("rescaps", False), 0.9870, {"rotate": 0, "gamma": 1}),
+    ("AlexCapsNet, several processes: 128 images each, times 4 accumulated, no decay", ("alexcaps", True), 0.9628,
      {"batch_size": 128, "accumulate": 4, "gamma": 1, "lr_scale": "none", "warmup": 0}),
 ]
 
@@ -35,12 +35,12 @@ def claims(runs, fits):
                  ("alexcaps", "1 process", 10, 0.9806), ("alexcaps", "several processes", 20, 0.9628),
                  ("rescaps", "1 process", 20, 0.9870), ("rescaps", "several processes", 10, 0.9786))]
     table += [
-        ("ResCapsNet ends higher", "not after longer training; over seeds by Welch's t-test at 5 %, of one seed by two standard "
-         "errors", judge_higher, alex, res),
+        ("ResCapsNet ends higher", "not after longer training; over seeds by Welch's t-test at 5 %, of a single seed by two "
+         "standard errors", judge_higher, alex, res),
         ("AlexCapsNet reaches 90 % two to three epochs earlier", "by 2 epochs or more", judge_earlier, alex, res),
         ("ROC nearly perfect for both", "macro AUC of each at least 0.99", judge_both,
-         lambda group: np.mean(of(group, "macro_auc")) >= 0.99, lambda group: spread(of(group, "macro_auc"), 5),
-         [group for group in pair if not isinstance(group, str)]),
+         lambda group: mean(of(group, "macro_auc")) >= 0.99, lambda group: spread(of(group, "macro_auc"), 5),
+         [group for group in pair if not isinstance(group, str) and all("macro_auc" in run.facts for run in group)]),
         ("AlexCapsNet has tens of millions of parameters, ResCapsNet a few million",
          "10 to 100 and 1 to 10 million; the described networks have what is measured here", judge_both,
          lambda group: 1 <= group[0].facts["parameters"] / fewest_parameters[group[0].facts["model"]] < 10,
@@ -69,15 +69,21 @@ def claims(runs, fits):
 
 def as_coded(runs):
     """Rows on what the study's code does otherwise than its text: both as measured here."""
-    runs, rows = [run for run in runs if not run.facts["decoder"]], []
-    for says, model, several, value, recipe in CODE:
-        found = [group for group in groups(run for run in runs if run.full) if is_of(group[0], model, several)
-                 and all(group[0].facts[key] == wanted for key, wanted in recipe.items())]
-        cells = [group if isinstance(group, str) else f"{percent(of(group, 'test_accuracy'))} ({group[0].setting})"
-                 for group in (reference(runs, model, several), *found[:1])]
+    full, rows = [run for run in runs if run.full and not run.facts["decoder"]], []
+    as_text = [run for run in full if not any(is_of(run, *kind) and is_coded(run, recipe) for _, kind, _, recipe in CODE)]
+    for says, kind, value, recipe in CODE:
+        both = reference(as_text, *kind), reference([run for run in full if is_coded(run, recipe)], *kind)
+        cells = [group if isinstance(group, str) else f"{percent(reached(group))} ({group[0].setting})" for group in both]
         rows.append({"the study's code": says, "its accuracy": percent([value]), "here, nearest to its text": cells[0],
-                     "here, as its code": cells[1] if found else "not measured"})
+                     "here, as its code": cells[1]})
     return rows
+
+
+def is_coded(run, recipe):
+    """Whether a run has the options `recipe`, and else none but the study's and such as several processes need."""
+    free = {"amp", "accumulate", "lr_scale", "warmup", *recipe}
+    return all(run.facts[key] == value for key, value in recipe.items()) and all(
+        text.split()[0].replace("-", "_") in free for text in run.departures)
 
 
 def nearness(run):
@@ -91,21 +97,31 @@ def is_of(run, model, several):
 
 
 def reference(runs, model, several):
-    """The group of runs on full MNIST, with one or several processes, that claims are judged by; without one, that in
-    words."""
+    """The group of runs on full MNIST, with one or several processes, that claims are judged by, of those equally near
+    to the study's the one with the most seeds; where there is none, that in words."""
     none = f"no finished run of {MODELS[model].__name__} with {'several processes' if several else '1 process'}"
     found = groups(run for run in runs if run.full and is_of(run, model, several))
-    return max(found, key=lambda group: nearness(group[0]), default=f"{none} on full MNIST")
+    return max(found, key=lambda group: (nearness(group[0])[:-1], len(group)), default=f"{none} on full MNIST")
 
 
 def timed(runs, kinds):
     """Two groups of runs on full MNIST, each of a (model, several processes), nearest to the study's among those of one
     device and amp; where there are no such two, the nearest, or in words what lacks."""
-    device = [(run.facts["device"], run.facts["amp"]) for run in sorted(runs, key=nearness, reverse=True) if run.full]
-    pairs = [[reference([run for run in runs if run.full and (run.facts["device"], run.facts["amp"]) == one], *kind)
-              for kind in kinds] for one in dict.fromkeys(device)]
+    ways = {}
+    for run in sorted((run for run in runs if run.full), key=nearness, reverse=True):
+        ways.setdefault((run.facts["device"], run.facts["amp"]), []).append(run)
+    pairs = ([reference(alike, *kind) for kind in kinds] for alike in [*ways.values(), runs])
     return next((pair for pair in pairs if not any(isinstance(group, str) for group in pair)),
                 [reference(runs, *kind) for kind in kinds])
+
+
+def mean(values):
+    """Without the last digits, which decide at a bound."""
+    return round(float(np.mean(values)), 9)
+
+
+def reached(group):
+    return [run.rows[-1]["test_accuracy"] for run in group]
 
 
 def of(group, fact):
@@ -118,9 +134,9 @@ def percent(values):
 
 def judge_accuracy(group, epochs, value):
     count = len(group[0].rows[:epochs])
-    reached = [run.rows[count - 1]["test_accuracy"] for run in group]
-    said = f"{percent(reached)} after {count} of {epochs} epochs ({group[0].setting})"
-    return round(np.mean(reached), 6) >= value or (None if count < epochs else False), said
+    by_then = [run.rows[count - 1]["test_accuracy"] for run in group]
+    said = f"{percent(by_then)} after {count} of {epochs} epochs ({group[0].setting})"
+    return mean(by_then) >= value or (None if count < epochs else False), said
 
 
 def judge_both(holds, say, groups):
@@ -131,14 +147,14 @@ def judge_both(holds, say, groups):
 
 
 def judge_higher(alex, res):
-    (a, m), (r, n) = ((of(group, "test_accuracy"), len(group[0].rows)) for group in (alex, res))
-    low, high = np.mean(a), np.mean(r)
+    (a, m), (r, n) = ((reached(group), len(group[0].rows)) for group in (alex, res))
+    low, high = mean(a), mean(r)
     if min(len(a), len(r)) > 1:
         chance = p_value(a, r)
         close, doubt = chance >= 0.05, f"p = {chance:.2g}"
     else:
         error = 100 * np.sqrt((low * (1 - low) + high * (1 - high)) / np.sum(alex[0].facts["confusion"]))
-        close, doubt = 100 * abs(high - low) < 2 * error, f"one seed, standard error of the difference {error:.2f} points"
+        close, doubt = 100 * abs(high - low) < 2 * error, f"of single seeds, standard error of the difference {error:.2f} points"
     unfair = n > m if high > low else n < m
     return (None if unfair or close else bool(high > low),
             f"{percent(r)} after {n} epochs against {percent(a)} after {m}; {doubt}")
@@ -147,7 +163,8 @@ def judge_higher(alex, res):
 def judge_earlier(*groups):
     first = [[next((row["epoch"] for row in run.rows if row["test_accuracy"] >= 0.9), None) for run in group] for group in groups]
     ends = [len(group[0].rows) for group in groups]
-    said = [f"epoch {spread(epochs, 1) if len(epochs) > 1 else epochs[0]}" if all(epochs) else f"not within {end} epochs"
+    said = [f"epoch {spread(epochs, 1) if len(epochs) > 1 else epochs[0]}" if all(epochs) else
+            f"not within {end} epochs" + f" with {epochs.count(None)} of {len(epochs)} seeds" * (len(epochs) > 1)
             for epochs, end in zip(first, ends)]
     # Of a run that ended before 90 % only bounds of the epoch are known.
     low = [np.mean([e or end + 1 for e in epochs]) for epochs, end in zip(first, ends)]

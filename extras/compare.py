@@ -15,7 +15,7 @@ def setting(run, *but):
     """What runs of several seeds have in common, but for some options."""
     data = run.facts["traits"]["digest"] or run.facts["dataset"]
     recipe = [run.facts[key] for key in RECIPE if key not in ("seed", "dataset", *but)]
-    return repr([data, recipe, len(run.rows), run.facts.get("world_size")])
+    return repr([data, recipe, *(run.facts.get(key) for key in ("epochs", "world_size", "layers"))])
 
 
 def groups(runs):
@@ -90,9 +90,9 @@ def verdict(pair):
 
 
 def p_value(a, b):
-    """Welch's, and 1 where neither side varies."""
+    """Welch's; where neither side varies 1 of equal and 0 of different means."""
     if np.ptp(a) == np.ptp(b) == 0:
-        return 1.0
+        return float(a[0] == b[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy's, of values that hardly differ
         return float(stats.ttest_ind(a, b, equal_var=False).pvalue)

@@ -47,7 +47,9 @@ def run(args):
     out = pathlib.Path(args.out)
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name the file to write, {out / 'model.onnx'} say")
-    small = out.suffix == ".pt"
+    small = out.suffix.lower() == ".pt"
+    if not small and out.suffix.lower() != ".onnx":
+        raise UserError(f"{out}: expected a name that ends in .onnx, or in .pt for the network alone")
     if small and out.exists():
         raise UserError(f"{out}: is there already, and may be a run's checkpoint; name another file")
     packages = [] if small else [package(name, "export", "-e '.[onnx]'") for name in ("onnxruntime", "onnx", "onnxscript")]
@@ -74,10 +76,10 @@ def write_network(out, checkpoint, images):
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError(f"{out}: not written, half precision cannot hold these weights, they are too large")
     content = {key: checkpoint[key] for key in ("version", "format", "config", "traits", *STATE) if key in checkpoint}
-    content |= dict.fromkeys(PARTS) | {"model": weights, "path": str(out)}
+    content |= dict.fromkeys(PARTS) | {"model": weights}
     world = World(0, 1, torch.device("cpu"))
-    before, after = (class_scores(net, images, world) for net in (model, load_model(content, world.device)))
-    write_atomically(out, lambda path: write_checkpoint(path, {k: v for k, v in content.items() if k != "path"}))
+    before, after = (class_scores(net, images, world) for net in (model, load_model(content | {"path": str(out)}, world.device)))
+    write_atomically(out, lambda path: write_checkpoint(path, content))
     other = (before.argmax(1) != after.argmax(1)).sum()
     return (f"{out.stat().st_size / 1e6:.1f} MB; its lengths differ by at most {(before - after).abs().max():.1e}, its class in "
             f"{other} cases,")

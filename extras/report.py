@@ -17,7 +17,7 @@ import torch
 from caps import (COLUMNS, EVALUATION_BATCH, LATER, MODELS, RECIPE, UserError, World, class_scores, file_name,
                   load_model, measure, new_model, number, parse, progress, read_checkpoint, set_title)
 from caps.extras import compare
-from caps.extras.claims import as_coded, claims, nearness, of
+from caps.extras.claims import as_coded, claims, nearness
 from caps.extras.datasets import earlier_traits, load_data_for
 from caps.extras.diagram import plot_diagram
 from caps.extras.figures import ALL, plot_confusion, plot_curves, plot_roc
@@ -27,10 +27,10 @@ from caps.extras.runs import check_writable, write_atomically
 from caps.extras.summary import layer_table, totals
 
 FACTS = {"train_images": int, "epochs": int, "seconds_per_epoch": float, "parameters": int, "test_accuracy": float,
-         "macro_auc": float, "device": str, "world_size": int, "peak_memory_bytes": int, "traits": dict,
+         "macro_auc": float, "device": str, "layers": str, "world_size": int, "peak_memory_bytes": int, "traits": dict,
          "confusion": lambda counts: np.reshape(counts, (len(counts), len(counts))).tolist()}
 
-MOST = 4  # settings in a picture
+FEW = 4  # settings that the pictures show all of
 
 # The defaults that several processes have others of, and so a launcher's leftovers.
 ONE_PROCESS = "--amp off --accumulate 1 --lr-scale none --warmup 0".split()
@@ -47,8 +47,9 @@ def options(add):
 def run(args):
     """report.md and its pictures from finished runs; what cannot be read is named there and on stderr."""
     device, out = choose_device(args.device), pathlib.Path(args.out)
-    files = (file for file in pathlib.Path("runs").glob("*/*") if file.name in ("last.pt", "summary.json"))
-    records = [read_run(folder) for folder in dict.fromkeys(args.runs or sorted(file.parent for file in files))]
+    files = (file for file in pathlib.Path("runs").rglob("*") if file.name in ("last.pt", "summary.json"))
+    folders = sorted(file.parent for file in files if not file.parent.name.startswith("eval-"))
+    records = [read_run(folder) for folder in dict.fromkeys(args.runs or folders)]
     runs = [run for run in records if run.facts]
     if not runs:
         raise UserError("; ".join(f"{run.folder}: {run.missing[0]}" for run in records) or "report: no run under runs/")
@@ -126,10 +127,13 @@ def read_run(folder):
         run.study_sized = traits["image"] == [1, 28, 28] and len(traits["classes"]) == 10
         run.full = bool(run.rows) and run.study_sized and (dataset, run.facts.get("train_images")) == ("mnist", 60_000)
         study = vars(parse(["train", "--dataset", "mnist", *ONE_PROCESS]))  # the defaults are the study's recipe
-        run.departures = [f"{k.replace('_', '-')} {run.facts[k]}" for k in RECIPE[1:] if run.facts[k] != study[k]]
-        run.changes = [f"{len(run.rows)} epochs"] * (len(run.rows) != study["epochs"])  # within a group of seeds none differs
-        run.changes += [text for text in run.departures if text.split()[0] not in ("seed", "dataset", "decoder")]
+        run.departures = ["plain layers"] * (run.facts.get("layers") == "plain") + [
+            f"{k.replace('_', '-')} {run.facts[k]}" for k in RECIPE[1:] if k != "seed" and run.facts[k] != study[k]]
+        run.changes = [f"{run.facts['epochs']} epochs"] * (run.facts["epochs"] != study["epochs"])
+        run.changes += [text for text in run.departures if text.split()[0] != "dataset" and text != "decoder 0.0005"]
         run.setting = run.title
+        if run.rows:
+            run.facts["seconds_per_epoch"] = float(np.median([row["seconds"] for row in run.rows]))
         run.network = run.model or new_model(run.facts, traits)
         run.size = totals(layer_table(run.network))
         if run.rows and len(run.rows) != run.facts["epochs"]:
@@ -149,7 +153,7 @@ def read_part(path):
         kinds = dict.fromkeys(COLUMNS, float) | {"epoch": int, "dataset": str}
         with open(path, newline="") as file:
             return {"rows": [{k: kinds[k](row[k]) for k in COLUMNS} for row in csv.DictReader(file)]}
-    facts = {"traits": None} | LATER | json.loads(path.read_text())
+    facts = {"traits": None, "layers": None} | LATER | json.loads(path.read_text())
     if facts["model"] not in MODELS:
         raise ValueError(f"unknown model {facts['model']}")
     known = {k: kind(facts[k]) for k, kind in FACTS.items() if facts[k] is not None}  # null: not to be had there
@@ -184,12 +188,7 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
 
     runs = [run for run in records if run.facts]
     settings = compare.groups(runs)
-    drawn = [group[0] for group in settings]
-    if len(drawn) > MOST:
-        kinds = {}
-        for run in sorted(drawn, key=nearness):
-            kinds[run.facts["model"], run.facts["decoder"] > 0, run.facts["dataset"], run.facts.get("world_size", 0) > 1] = run.title
-        drawn = [run for run in drawn if run.title in kinds.values()]
+    drawn = in_pictures(settings)
     fits = {title: fits for title, (_, _, _, fits) in turned.items()}
     classes = {run.title: run.classes for run in runs}
     tables = [f"**{title}**\n\n" + markdown([
@@ -203,7 +202,7 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
         "no run and no epoch was chosen by its test accuracy. A run whose loss is no longer finite stops and is not "
         "among them.",
         "## Results", markdown([results_row(group) for group in settings]),
-        "Of several seeds means ± standard deviations. Seconds, images/s and memory are those of the run that took the least, "
+        "Of several seeds means ± standard deviations. Seconds, images/s and memory are those of the fastest run, times "
         "medians over its epochs.",
         "## What the study claims", markdown(claims(runs, fits)),
         "Judged by finished runs on full MNIST without a decoder, which the study has not; of several, by that with the "
@@ -211,7 +210,7 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
         "The study's published code does otherwise than its text. With its options:", markdown(as_coded(runs)),
         section("## Accuracy and loss", "curves", plot_curves, {run.title: run.rows for run in drawn if run.rows},
                 "Of runs that differ in their seed alone, the pictures show those of the lowest; of more settings than "
-                f"{MOST} those nearest to the study's, with one process and with several. The table above has all."),
+                f"{FEW} those nearest to the study's, with one process and with several. The table above has all."),
         section("## Confusion matrices", "confusion", plot_confusion,
                 {run.title: run.facts | {"classes": run.classes} for run in drawn if "confusion" in run.facts}),
         section("## ROC, one class against the rest", "roc", plot_roc,
@@ -244,6 +243,15 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
     write_atomically(out / "report.md", lambda file: file.write_text("\n\n".join(parts) + "\n", "utf-8", "replace"))
 
 
+def in_pictures(settings):
+    """A run of each setting; of many settings one for each data set, network, and one or several processes."""
+    runs = [group[0] for group in settings]
+    if len(runs) <= FEW:
+        return runs
+    return list({(run.facts["dataset"], run.facts["model"], run.facts["decoder"] > 0, run.facts.get("world_size", 0) > 1): run
+                 for run in sorted(runs, key=nearness)}.values())
+
+
 def missing(records):
     """{what is missing: the folders it is missing in}."""
     found = {}
@@ -256,22 +264,24 @@ def missing(records):
 def results_row(group):
     """A row on runs of one setting; times and memory are of the fastest, which had the least beside it."""
     quiet = min(group, key=lambda run: run.facts.get("seconds_per_epoch", float("inf")))
-    first, same = group[0], lambda key: all(key in run.facts for run in group)
+    first, one_parent = group[0], len({run.folder.parent for run in group}) == 1
 
     def fact(key, form, scale=1):
         return form.format(scale * quiet.facts[key]) if key in quiet.facts else None
 
-    return {"run": first.setting, "setting, but for the study's with 1 process": ", ".join(
-                text for text in first.departures if len(group) == 1 or not text.startswith("seed ")) or None,
-            "seeds": len(group),
-            "test accuracy": f"{compare.spread(100 * np.array(of(group, 'test_accuracy')))} %" if same("test_accuracy") else None,
+    def average(key, digits, scale=1, unit=""):
+        known = [scale * run.facts[key] for run in group if key in run.facts]
+        return compare.spread(known, digits) + unit if len(known) == len(group) else None
+
+    return {"run": first.setting, "setting, but for the study's with 1 process": ", ".join(first.departures) or None,
+            "seeds": ", ".join(f"{run.facts['seed']}" for run in group), "test accuracy": average("test_accuracy", 2, 100, " %"),
             "epochs": first.facts["epochs"], "parameters": f"{first.size[0]:,}", "multiply-adds an image": f"{first.size[1]:,}",
             "seconds an epoch": fact("seconds_per_epoch", "{:,.0f}"),
             "images/s": f"{np.median([row['images_per_second'] for row in quiet.rows]):,.0f}" if quiet.rows else None,
-            "peak memory a process": fact("peak_memory_bytes", "{:,.0f} MiB", 2**-20),
-            "macro AUC": compare.spread(of(group, "macro_auc"), 5) if same("macro_auc") else None,
-            "processes": first.facts.get("world_size"), "device": quiet.facts.get("device"),
-            "folders": f"`{first.folder}`" + "".join(f", `{run.folder.name}`" for run in group[1:])}
+            "peak memory a process": fact("peak_memory_bytes", "{:,.0f} MiB", 2**-20), "macro AUC": average("macro_auc", 5),
+            "processes": first.facts.get("world_size"),
+            "device": "; ".join(dict.fromkeys(run.facts["device"] for run in group if "device" in run.facts)) or None,
+            "folders": ", ".join(f"`{run.folder.name if one_parent and run is not first else run.folder}`" for run in group)}
 
 
 def markdown(rows):

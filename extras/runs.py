@@ -10,13 +10,13 @@ import tempfile
 import torch
 
 import caps
-from caps import COLUMNS, RECIPE, UserError, read_checkpoint, set_title
+from caps import COLUMNS, MODELS, RECIPE, UserError, read_checkpoint, set_title
 
 DECODED_FILES = "reconstructions.png", "dimensions.png"  # of a network with a decoder alone
 RUN_FILES = ("last.pt", "metrics.csv", "summary.json", "curves.png", "confusion.png", "roc.png", "misclassified.png",
              *DECODED_FILES)
 # Trained networks that come along (docs/measurements.md tells how they were made): --checkpoint takes their names.
-NETWORKS = {path.stem: path for path in pathlib.Path(__file__).parent.glob("networks/*.pt")}
+NETWORKS = {name: pathlib.Path(__file__).with_name("networks") / f"{name}.pt" for name in MODELS}
 # One name for all processes and restarts of a job; torchrun's own is unique with --standalone alone.
 JOB = os.environ.get("CAPS_JOB", "") + os.environ.get("TORCHELASTIC_RUN_ID", "")
 
@@ -24,7 +24,7 @@ JOB = os.environ.get("CAPS_JOB", "") + os.environ.get("TORCHELASTIC_RUN_ID", "")
 def folder_of(checkpoint):
     """Where a checkpoint's evaluations go: beside it; of a network that comes along below runs/."""
     path = pathlib.Path(checkpoint)
-    return pathlib.Path("runs", path.stem) if path in NETWORKS.values() else path.parent
+    return pathlib.Path("runs", "networks", path.stem) if path in NETWORKS.values() else path.parent
 
 
 def find_resume(args):

@@ -6,8 +6,8 @@
     python tests/bench.py maps                                            convolutions of small maps against PyTorch's
     python tests/bench.py train                                           whole steps against the straightforward pipeline
     python tests/bench.py ddp                                             one process against two, on the CPU
-    python tests/bench.py accuracy [SETTING ...] [--seeds 1 2 3]          whole trainings with several seeds; all settings of
-                                          the README by default, or 'NAME=train --lr 0.002'; it goes on where it stopped
+    python tests/bench.py accuracy [SETTING ...] [--seeds 1 2 3]          whole trainings with several seeds, by default all that the
+                                          README has, or 'NAME=train --lr 0.002'; it goes on where it was stopped
     python tests/bench.py plain [options of caps.py train]                a training with plain layers and routing
     python tests/bench.py pictures --checkpoint F [--count 300]           accuracy on drawn, scanned, photographed digits
     python tests/bench.py all --json F                                    ops, scale, train and ddp
@@ -77,7 +77,11 @@ def main():
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    result = options.run(options)
+    try:
+        result = options.run(options)
+    except caps.UserError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,25 +1,28 @@
 """Accuracies that hold: settings of training, each with several seeds, one run after the other."""
 import argparse
+import collections
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
-import unittest.mock
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 import caps
 from bench_training import plain_layers
 from caps.extras import faster, results
+from caps.extras.compare import spread
 from timing import machine
 
 ROOT = Path(__file__).parent.parent
 BENCH = str(ROOT / "tests/bench.py")
 
 # Of each setting the number of seeds and a command of run.sh (train, ddp N) or of bench.py (plain), without --seed and
-# --out. First what the study describes, then what its code did (docs/report), then what was chosen on held-out images.
+# --out: first what the study describes, then what its published code did, then what takes a run for another comparison.
 SETTINGS = {
     "alexcaps": (3, "train --model alexcaps --epochs 20"),
     "alexcaps-ddp4": (3, "ddp 4 --model alexcaps --epochs 20 --amp bf16"),
@@ -30,19 +33,34 @@ SETTINGS = {
     "alexcaps-code-ddp4": (1, "ddp 4 --model alexcaps --epochs 20 --amp bf16 --batch-size 128 --gamma 1 --lr-scale none "
                               "--warmup 0"),
     "rescaps-code": (1, "train --model rescaps --epochs 20 --amp bf16 --rotate 0 --gamma 1"),
-    "alexcaps-bf16": (1, "train --model alexcaps --epochs 1 --amp bf16"),  # for times: ResCapsNet's amp
+    "alexcaps-bf16": (1, "train --model alexcaps --epochs 1 --amp bf16"),  # its time, with ResCapsNet's amp
     "alexcaps-plain": (1, "plain --model alexcaps --epochs 20"),
 }
+GIVEN_HERE = {"seed", "out", "overwrite", "resume", "device", "check"}
+
+Setting = collections.namedtuple("Setting", "name count command way processes words wanted")  # wanted: parsed words
 
 
 def setting(text):
-    """(name, number of seeds, command) of NAME, one of SETTINGS, or of 'NAME=command'."""
+    """The Setting of NAME, one of SETTINGS, or of 'NAME=command'."""
     name, given, command = text.partition("=")
-    if given:
-        return name, 1, command
-    if name not in SETTINGS:
-        raise argparse.ArgumentTypeError(f"no setting {name}; there are {', '.join(SETTINGS)}, or name one: 'NAME=train --lr 0.002'")
-    return name, *SETTINGS[name]
+    count, command = (1, command) if given else SETTINGS.get(name, (0, ""))
+    way, *words = command.split() or [""]
+    if not count:
+        raise argparse.ArgumentTypeError(f"no setting {name}; there are {', '.join(SETTINGS)}, or name one: "
+                                         "'NAME=train --lr 0.002'")
+    processes = int(words.pop(0)) if way == "ddp" and words and words[0].isdecimal() else 2 if way == "ddp" else 1
+    if way not in ("train", "plain", "ddp") or processes < 1 or Path(name).name != name:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=train, ddp N or plain, and options of caps.py train")
+    try:
+        with mock.patch.dict(os.environ, WORLD_SIZE=str(processes)):  # which the defaults depend on
+            wanted = caps.parse(["train", *words])
+    except caps.UserError as error:
+        raise argparse.ArgumentTypeError(f"{name}: {error}") from error
+    if clash := GIVEN_HERE & wanted.given:
+        raise argparse.ArgumentTypeError(f"{name}: leave out {', '.join(f'--{option}' for option in sorted(clash))}, which "
+                                         "bench.py gives itself")
+    return Setting(name, count, command, way, processes, words, wanted)
 
 
 def train_plain(words):
@@ -50,69 +68,93 @@ def train_plain(words):
     def start(args, world, fast=None, start=caps.start_run):
         faster.keep_freed_memory()  # else as the fast one
         run = start(args, world)
-        run.optimizer = torch.optim.Adam(plain_layers(run.model).parameters(), lr=run.args.lr)
+        fused, run.optimizer = run.optimizer, torch.optim.Adam(plain_layers(run.model).parameters(), lr=run.args.lr)
+        if run.steps:
+            run.optimizer.load_state_dict(fused.state_dict())
+            run.optimizer.param_groups[0]["fused"] = None
         return run
-    caps.start_run = start
-    return caps.train(caps.parse(["train", *words]), results.write_results)
+
+    def write(folder, what, facts, *more, write=results.write_results):
+        write(folder, what, facts | {"layers": "plain"}, *more)
+    with mock.patch("caps.start_run", start), mock.patch("caps.extras.results.write_results", write):
+        return caps.main(["train", *words])
 
 
-def launched(command, device):
-    """(what starts a setting's command, number of processes, words for caps.py train)."""
-    way, *words = command.split()
-    count = int(words.pop(0)) if way == "ddp" else 1
-    starts = {"train": [sys.executable, str(ROOT / "caps.py"), "train"], "plain": [sys.executable, BENCH, "plain"],
-              "ddp": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-                      str(ROOT / "caps.py"), "train"]}
-    return starts[way], count, [*words, "--device", device]
+def refuse(message):
+    print(f"bench.py: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
-def finished(folder, count, words):
-    """summary.json's content of a run that has all its epochs, or None. SystemExit where the folder holds another."""
-    if not (folder / "summary.json").exists():
-        return None
-    with unittest.mock.patch.dict(os.environ, WORLD_SIZE=str(count)):
-        wanted = vars(caps.parse(["train", *words]))
-    facts = caps.LATER | json.loads((folder / "summary.json").read_text())
-    differing = [key for key in caps.RECIPE if key != "dataset" and facts[key] != wanted[key]]
-    differing += ["world_size"] * (facts["world_size"] != count) + ["epochs"] * (facts["epochs"] > wanted["epochs"])
-    if differing:
-        sys.exit(f"{folder}: holds a run of another setting, it differs in {', '.join(differing)}; remove it, or name "
-                 "another folder by --runs")
-    return facts if facts["epochs"] == wanted["epochs"] else None
-
-
-def trained(folder, command, seed, device):
-    """summary.json's content of a setting's run with one seed, which is begun, gone on with, or there already."""
-    start, count, words = launched(command, device)
-    words += ["--seed", str(seed)]
-    if not (facts := finished(folder, count, words)):
-        threads = str(max(1, torch.get_num_threads() // count))
-        again = ["--resume"] if (folder / "last.pt").exists() else []
-        done = subprocess.run([*start, *words, "--out", str(folder), *again], env=os.environ | {
-            "OMP_NUM_THREADS": threads, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})  # the latter as run.sh has it
-        if done.returncode:
-            sys.exit(f"{folder}: stopped with status {done.returncode}; the same command goes on from there")
-        facts = finished(folder, count, words)
+def held(folder, setting):
+    """What the folder of a run tells of it, the content of summary.json if all its epochs are over and of last.pt's
+    recipe else; {} of none. A run of another setting is refused."""
+    facts = {}
+    if (folder / "last.pt").exists():
+        checkpoint = caps.read_checkpoint(folder / "last.pt")
+        facts = checkpoint["config"] | {"epochs": len(checkpoint["history"])}
+    if (folder / "summary.json").exists():
+        try:
+            told = caps.LATER | json.loads((folder / "summary.json").read_text())
+        except ValueError as error:
+            refuse(f"{folder / 'summary.json'}: damaged ({error}); remove it")
+        facts = facts if facts and facts["epochs"] != told["epochs"] else told
+    if not facts:
+        return {}
+    wanted = vars(setting.wanted) | {"world_size": setting.processes, "layers": "plain" if setting.way == "plain" else None}
+    # By default the data decide on two of them.
+    keys = [key for key in caps.RECIPE if key not in ("seed", "dataset", "warmup") or key in wanted["given"] - {"seed"}]
+    keys += ["world_size", "layers"] * ("test_accuracy" in facts)
+    differing = [key for key in keys if facts.get(key) != wanted[key] and (key, wanted[key]) != ("dataset", "auto")]
+    if differing or facts["epochs"] > wanted["epochs"]:
+        refuse(f"{folder}: holds a run of another setting, it differs in {', '.join(differing or ['epochs'])}; remove it, or "
+               "name another folder by --runs")
     return facts
 
 
-def spread(values, form="{:.2f}"):
-    """Mean ± standard deviation of a sample, of one value itself."""
-    return " ± ".join(form.format(f(values)) for f in (statistics.mean, statistics.stdev)[:len(values)])
+def trained(folder, setting, seed, device):
+    """summary.json's content of a setting's run with one seed, which is begun, gone on with, or there already."""
+    facts = held(folder, setting)
+    if "test_accuracy" not in facts or facts["epochs"] < setting.wanted.epochs:
+        start = {"train": [str(ROOT / "caps.py"), "train"], "plain": [BENCH, "plain"],
+                 "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.processes),
+                         str(ROOT / "caps.py"), "train"]}[setting.way]
+        again = ["--resume"] if facts else []
+        status = wait_for([sys.executable, *start, *setting.words, "--device", device, "--seed", str(seed), "--out", str(folder),
+                           *again], max(1, torch.get_num_threads() // setting.processes))
+        if status:
+            refuse(f"{folder}: stopped with status {status}" + "; the same command goes on from there" * (status != 2))
+        facts = held(folder, setting)
+    return facts
+
+
+def wait_for(words, threads):
+    """The exit status of a process, which is passed SIGINT and SIGTERM and then has the time to save."""
+    process = subprocess.Popen(words, start_new_session=True, env=os.environ | {
+        "OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})  # the latter as run.sh has it
+    before = {number: signal.signal(number, lambda number, frame: process.send_signal(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def accuracy(options):
     """Test accuracy after the last epoch of each setting: mean and standard deviation over seeds."""
     rows = []
-    for name, count, command in options.settings or map(setting, SETTINGS):
-        seeds = options.seeds or range(1, count + 1)
-        found = [trained(options.runs / name / f"seed-{seed}", command, seed, options.device) for seed in seeds]
+    for each in options.settings or map(setting, SETTINGS):
+        seeds = list(dict.fromkeys(options.seeds or range(1, each.count + 1)))
+        found = [trained(options.runs / each.name / f"seed-{seed}", each, seed, options.device) for seed in seeds]
+        sets, devices, versions = (sorted({facts[key] for facts in found}) for key in ("dataset", "device", "torch"))
+        if len(sets) > 1:
+            refuse(f"{options.runs / each.name}: holds runs on {' and '.join(sets)}; add --dataset to the setting")
         accuracies = [round(100 * facts["test_accuracy"], 6) for facts in found]
-        rows.append({"setting": name, "command": command, "seeds": [*seeds], "accuracies": accuracies, "n": len(found),
+        rows.append({"setting": each.name, "command": each.command, "seeds": seeds, "accuracies": accuracies, "n": len(found),
                      "mean": statistics.mean(accuracies),
                      "deviation": statistics.stdev(accuracies) if len(found) > 1 else None,
                      "seconds_per_epoch": min(facts["seconds_per_epoch"] for facts in found),
-                     **{key: sorted({facts[key] for facts in found}) for key in ("dataset", "device", "torch")}})
-        print("{0:<24}{1:>14} %  n = {n}  {seconds_per_epoch:>7.1f} s an epoch  {command}".format(
-            name, spread(accuracies), **rows[-1]), flush=True)
+                     "dataset": sets[0], "devices": devices, "torch": versions})
+        print("{0:<24}{1:>14} % of {dataset}  n = {n}  {seconds_per_epoch:>7.1f} s an epoch, {2}  {command}".format(
+            each.name, spread(accuracies), "; ".join(devices), **rows[-1]), flush=True)
     return {"command": "accuracy", "machine": machine(options.device), "rows": rows}

@@ -15,8 +15,8 @@ from caps.extras import claims, probes, report, results, runs
 def hand_made(folder, model="alexcaps", accuracies=(0.95, 0.97), losses=None, **changes):
     """A run's folder with the two text files that training leaves there."""
     folder.mkdir(parents=True)
-    losses = losses or [0.1 * 0.9 ** epoch for epoch in range(len(accuracies))]
-    rows = [dict(zip(caps.COLUMNS, (epoch, loss, accuracy, loss, accuracy, 1e-3, 100.0, 600.0, "mnist")))
+    losses, seconds = losses or [0.1 * 0.9 ** epoch for epoch in range(len(accuracies))], changes.get("seconds_per_epoch", 100.0)
+    rows = [dict(zip(caps.COLUMNS, (epoch, loss, accuracy, loss, accuracy, 1e-3, seconds, 600.0, "mnist")))
             for epoch, (loss, accuracy) in enumerate(zip(losses, accuracies), 1)]
     runs.write_metrics(folder / "metrics.csv", rows)
     recipe = vars(caps.parse(["train"]))
@@ -79,11 +79,29 @@ R2 = {"both": ((0.6, 0.1), (0.5, 0.2)), "short": ((0.6, 0.1), (0.4, 0.2)), "leng
      ["98.20 ± 0.01 %, n = 3", "98.00 ± 0.01 %, n = 3", "p = 1.6e-05"]),
     ("ResCapsNet ends", [alex([0.9, a], seed=n) for n, a in enumerate((0.978, 0.98, 0.982))]
      + [res([0.9, a], seed=n) for n, a in enumerate((0.980, 0.982, 0.984))], UNKNOWN, ["p = 0.29"]),
+    ("ResCapsNet ends", [alex([0.9, a], seed=n) for n, a in enumerate((0.978, 0.982))]
+     + [res([0.9, a], seed=n) for n, a in enumerate((0.9834, 0.9835, 0.9835, 0.9835, 0.9836))], UNKNOWN,
+     ["p = 0.33"]),  # Student's test says 0.02
+    ("ResCapsNet ends", [alex([0.9, 0.97], seed=n) for n in (1, 2)] + [res([0.9, 0.99], seed=n) for n in (1, 2)], HOLDS, ["p = 0"]),
+    # What a resumed and stopped run says last counts, not its older summary.
+    ("ResCapsNet ends", [alex([0.9, 0.99], test_accuracy=0.95), res([0.9, 0.97])], FAILS, ["97.00", "99.00"]),
+    ("AlexCapsNet: 98.06", [alex([0.9] * 9 + [0.9806], seed=n) for n in range(3)], HOLDS, ["98.06 ± 0.00 %"]),
+    # The study's own recipe judges, whichever its seeds.
+    ("AlexCapsNet: 98.06", [alex([0.99] * 10, ema=0.999), alex([0.97] * 10, seed=2), alex([0.97] * 10, seed=3)], FAILS,
+     ["97.00 ± 0.00 %, n = 2"]),
+    ("AlexCapsNet: 98.06", [alex([0.99] * 10, lr=0.002), alex([0.97] * 10, ema=0.9), alex([0.97] * 10, ema=0.9, seed=3)], FAILS,
+     ["n = 2"]),
+    ("AlexCapsNet: 98.06", [alex([0.99] * 10, layers="plain"), alex([0.97] * 10, seed=2)], FAILS, ["97.00 %"]),
     # One seed below, the mean above, and the other way round.
     ("AlexCapsNet: 98.06", [alex([0.9] * 9 + [a], seed=n) for n, a in enumerate((0.98, 0.985, 0.98))], HOLDS,
      ["98.17 ± 0.29 %, n = 3"]),
     ("AlexCapsNet: 98.06", [alex([0.9] * 9 + [a], seed=n) for n, a in enumerate((0.981, 0.98, 0.98))], FAILS, ["98.03"]),
     ("ROC", [alex(macro_auc=0.998), alex(macro_auc=0.98, seed=2), res(macro_auc=0.995)], FAILS, ["0.98900 ± 0.01273"]),
+    ("ROC", [alex(macro_auc=0.99, seed=n) for n in range(3)] + [res(macro_auc=0.99, seed=n) for n in range(3)], HOLDS, []),
+    ("ROC", [alex(macro_auc=None), res(macro_auc=0.99)], UNKNOWN, ["no AlexCapsNet, ResCapsNet 0.99"]),
+    ("An AlexCapsNet epoch", [alex(seconds_per_epoch=s, seed=n) for n, s in enumerate((170.0, 149.0))] + [res()], FAILS, ["149 s"]),
+    ("AlexCapsNet reaches", [alex([0.9, 0.9]), res([0.8, 0.9]), res([0.8, 0.8], seed=2)], UNKNOWN,
+     ["not within 2 epochs with 1 of 2 seeds"]),
     ("AlexCapsNet reaches", [alex([0.9, 0.9, 0.9]), res([0.8, 0.89, 0.9]), res([0.8, 0.9, 0.9], seed=2)], FAILS,
      ["epoch 1 against epoch 2.5 ± 0.7"]),
     ("AlexCapsNet reaches", [alex([0.9, 0.9, 0.9]), res([0.8, 0.89, 0.9])], HOLDS, ["epoch 1 against epoch 3"]),
@@ -160,30 +178,38 @@ def test_seeds_of_a_setting_are_one_row_and_titles_tell_settings_apart(tmp_path)
         f"{plain}, shift 2.0, seed 1", f"{plain}, shift 2.0, seed 2", f"{plain}, seed 1 ({tmp_path}/again/1)"]
     rows = [report.results_row(group) for group in report.compare.groups(runs)]
     assert [(row["run"], row["seeds"], row["test accuracy"]) for row in rows] == [
-        (plain, 3, "97.14 ± 0.15 %"), (plain, 1, "97.12 %"), ("AlexCapsNet, 1 process, 3 epochs", 1, "98.00 %"),
-        (f"{plain}, shift 2.0", 2, "97.50 ± 0.71 %")]
-    assert [rows[0][key] for key in ("seconds an epoch", "peak memory a process", "setting, but for the study's with 1 process")
-            ] == ["91", "1 MiB", None]  # of the fastest
+        (plain, "1, 2, 3", "97.14 ± 0.15 %"), (plain, "1", "97.12 %"), ("AlexCapsNet, 1 process, 3 epochs", "1", "98.00 %"),
+        (f"{plain}, shift 2.0", "1, 2", "97.50 ± 0.71 %")]
+    assert [rows[0][key] for key in ("seconds an epoch", "images/s", "peak memory a process",
+                                     "setting, but for the study's with 1 process", "folders")] == [
+        "91", "600", "1 MiB", None, f"`{tmp_path}/plain/1`, `2`, `3`"]  # of the fastest
     assert rows[3]["setting, but for the study's with 1 process"] == "shift 2.0"
 
 
 def test_options_of_the_studys_code_are_recognised(tmp_path):
     code = {"batch_size": 128, "gamma": 1, "accuracies": [0.975] * 10}
-    specs = [{"accuracies": [0.98] * 20}, code, code | {"accuracies": [0.97] * 20},
-             {"accuracies": [0.9627] * 20, "world_size": 4, "batch_size": 128, "accumulate": 4, "gamma": 1}]
+    several = {"world_size": 4, "batch_size": 128, "accumulate": 4, "gamma": 1, "amp": "bf16"}
+    none = "no finished run of {} with {} on full MNIST"
+    specs = [alex([0.98] * 20), alex(**code), alex(**code | {"accuracies": [0.97] * 20}), alex(**code | {"shift": 2.0}),
+             alex(**code | {"decoder": 5e-4}), alex([0.9627] * 20, **several), alex([0.987] * 20, world_size=4),
+             alex([0.97] * 20, **several | {"batch_size": 32}),
+             res([0.5], rotate=0.0, gamma=1), res([0.982] * 20, rotate=0.0, gamma=1), res([0.99] * 20, amp="bf16")]
     folders = [hand_made(tmp_path / str(number), **spec) for number, spec in enumerate(specs)]
-    rows = claims.as_coded(read_runs(*folders))
-    assert [[cell.split(" (")[0] for cell in list(row.values())[1:]] for row in rows] == [
-        ["98.06 %", "98.00 %", "97.50 %"], ["98.70 %", "no finished run of ResCapsNet with 1 process on full MNIST", "not measured"],
-        ["96.28 %", "96.27 %", "96.27 %"]]
-    assert claims.as_coded(read_runs(folders[0]))[0]["here, as its code"] == "not measured"
+
+    def cells(*folders):
+        return [[cell.split(" (")[0] for cell in list(row.values())[1:]] for row in claims.as_coded(read_runs(*folders))]
+    assert cells(*folders) == [["98.06 %", "98.00 %", "97.50 %"], ["98.70 %", "99.00 %", "98.20 %"], ["96.28 %", "98.70 %", "96.27 %"]]
+    lacking = none.format("AlexCapsNet", "several processes")
+    assert cells(*folders[:2]) == [["98.06 %", "98.00 %", "97.50 %"], ["98.70 %"] + 2 * [none.format("ResCapsNet", "1 process")],
+                                   ["96.28 %", lacking, lacking]]
+    assert cells(folders[1])[0] == ["98.06 %", none.format("AlexCapsNet", "1 process"), "97.50 %"]  # is not as the text
 
 
 def test_results_row_by_hand(tmp_path):
     run, = read_runs(hand_made(tmp_path / "run", accuracies=[0.95, 0.9712], lr=0.002, world_size=4))
     row = report.results_row([run])
     assert list(row.values())[:-1] == [
-        "AlexCapsNet, 4 processes", "lr 0.002", 1, "97.12 %", 2, "2,683,840", "10,588,416", "100", "600",
+        "AlexCapsNet, 4 processes", "lr 0.002", "1", "97.12 %", 2, "2,683,840", "10,588,416", "100", "600",
         "1,024 MiB", "0.99900", 4, "cpu, 1 threads"]
     table = report.markdown([{"a": 1, "b": None}, {"a": 2, "b": "x"}])
     assert table == "| a | b |\n| --- | --- |\n| 1 | – |\n| 2 | x |"

@@ -1,0 +1,100 @@
+"""bench.py accuracy: settings of training with several seeds, which the README's table is made of."""
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import bench_accuracy
+import pytest
+import torch
+
+import caps
+
+SMALL = "--dataset mnist5k --batch-size 400"
+
+
+def bench(folder, *settings, seeds=None):
+    options = argparse.Namespace(settings=[bench_accuracy.setting(text) for text in settings], seeds=seeds, runs=folder,
+                                 device="cpu")
+    return bench_accuracy.accuracy(options)["rows"]
+
+
+def test_settings_by_means_over_seeds_and_gone_on_with(tmp_path, capsys):
+    row, = bench(tmp_path, f"few=train {SMALL} --epochs 1", seeds=[1, 2, 1])
+    reached = [json.loads((tmp_path / f"few/seed-{seed}/summary.json").read_text())["test_accuracy"] for seed in (1, 2)]
+    assert row["n"] == 2 and row["seeds"] == [1, 2] and row["accuracies"] == pytest.approx([100 * a for a in reached])
+    assert row["mean"] == pytest.approx(50 * sum(reached))
+    assert row["deviation"] == pytest.approx(100 * abs(reached[0] - reached[1]) / 2 ** 0.5) and row["dataset"] == "mnist5k"
+    assert f"{row['mean']:.2f} ± {row['deviation']:.2f} % of mnist5k  n = 2" in capsys.readouterr().out
+    before = (tmp_path / "few/seed-1/last.pt").stat().st_mtime_ns
+    assert bench(tmp_path, f"few=train {SMALL} --epochs 1", seeds=[1, 2]) == [row]
+    assert (tmp_path / "few/seed-1/last.pt").stat().st_mtime_ns == before  # nothing was trained
+    for other, why in ((f"train {SMALL} --epochs 1 --lr 0.002", "lr"), ("train --dataset mnist --batch-size 400", "dataset"),
+                       (f"plain {SMALL} --epochs 1", "layers"), (f"ddp 2 {SMALL} --epochs 1 --amp off --accumulate 1 --lr-scale none",
+                                                                 "world_size")):
+        with pytest.raises(SystemExit) as stopped:
+            bench(tmp_path, f"few={other}")
+        assert stopped.value.code == 2 and f"differs in {why};" in capsys.readouterr().err
+    (tmp_path / "few/seed-1/summary.json").unlink()  # as of a run that is not finished
+    with pytest.raises(SystemExit):
+        bench(tmp_path, f"few=train {SMALL} --epochs 4 --lr 0.002")
+    assert "differs in lr;" in capsys.readouterr().err
+    row, = bench(tmp_path, f"few=train {SMALL} --epochs 2")
+    checkpoint = caps.read_checkpoint(tmp_path / "few/seed-1/last.pt")
+    assert checkpoint["steps"] == 20 and checkpoint["history"][0]["test_accuracy"] == reached[0]
+    with pytest.raises(SystemExit):
+        bench(tmp_path, f"few=train {SMALL} --epochs 1")
+    assert "differs in epochs;" in capsys.readouterr().err
+
+
+def test_records_of_runs_are_enough(tmp_path):
+    """summary.json alone: what is kept of the runs that docs/report is made of."""
+    facts = vars(caps.parse(["train"])) | {"dataset": "mnist", "epochs": 20, "world_size": 1, "device": "cpu, 2 threads", "torch": "2.14",
+                                           "seconds_per_epoch": 17.0}
+    for seed, accuracy in enumerate((0.987, 0.988, 0.9896), 1):
+        (tmp_path / f"alexcaps/seed-{seed}").mkdir(parents=True)
+        told = {key: value for key, value in facts.items() if key != "given"} | {"seed": seed, "test_accuracy": accuracy}
+        (tmp_path / f"alexcaps/seed-{seed}/summary.json").write_text(json.dumps(told))
+    row, = bench(tmp_path, "alexcaps")
+    assert row["accuracies"] == [98.7, 98.8, 98.96] and row["n"] == 3 and row["deviation"] == pytest.approx(0.1311, abs=1e-4)
+
+
+def test_a_plain_training_in_parts_is_that_in_whole(tmp_path):
+    bench(tmp_path, f"parts=plain {SMALL} --epochs 1")
+    bench(tmp_path, f"parts=plain {SMALL} --epochs 2", f"whole=plain {SMALL} --epochs 2")
+    parts, whole = (caps.read_checkpoint(tmp_path / f"{name}/seed-1/last.pt") for name in ("parts", "whole"))
+    for name, weight in whole["model"].items():
+        assert torch.equal(weight, parts["model"][name]), name
+    assert not whole["optimizer"]["param_groups"][0]["fused"]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("nothing", "there are alexcaps, "), ("y=", "expected NAME=train"), ("y=trian --epochs 1", "expected NAME=train"),
+    ("y=ddp 0", "expected NAME=train"), ("a/b=train", "expected NAME=train"), ("y=train --lr fast", "--lr"),
+    ("y=train --seed 3", "leave out --seed"), ("y=train --check --out x", "leave out --check, --out")])
+def test_settings_that_are_none(text, words):
+    done = subprocess.run([sys.executable, bench_accuracy.BENCH, "accuracy", text], capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_settings_of_several_processes():
+    assert bench_accuracy.setting("alexcaps-ddp4").wanted.accumulate == 4 and bench_accuracy.setting("x=ddp --lr 0.1").processes == 2
+    assert {name: bench_accuracy.setting(name).processes for name in bench_accuracy.SETTINGS if "ddp" in name} == {
+        name: 4 for name in bench_accuracy.SETTINGS if "ddp4" in name}
+
+
+def test_a_signal_ends_the_training_that_has_saved(tmp_path):
+    done = subprocess.Popen([sys.executable, bench_accuracy.BENCH, "accuracy", f"long=train {SMALL} --epochs 500", "--runs", "."],
+                            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "long/seed-1/metrics.csv"
+    until = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1) and time.monotonic() < until:
+        time.sleep(0.1)
+    done.send_signal(signal.SIGTERM)
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 2 and "the same command goes on" in err and "stopped in epoch" in out, (out, err)
+    steps = caps.read_checkpoint(tmp_path / "long/seed-1/last.pt")["steps"]
+    time.sleep(1)
+    assert steps >= 10 and caps.read_checkpoint(tmp_path / "long/seed-1/last.pt")["steps"] == steps  # no one trains on
