@@ -49,8 +49,8 @@ def knowledge(accuracy, r2, robustness):
 
 def title(run):
     several = [f"{run.facts['world_size']} processes"] * (run.facts["world_size"] > 1)
-    others = [text for text in run.departures if text.split()[0] not in ("seed", "decoder", "dataset")]
-    epochs = f"{len(run.rows)} epoch{'s' * (len(run.rows) > 1)}"
+    others = [text for text in run.departures if text.split()[0] not in ("decoder", "dataset")]
+    epochs = f"{run.facts['epochs']} epoch{'s' * (run.facts['epochs'] > 1)}"
     return ", ".join([MODELS[run.facts["model"]].__name__, set_title(run.facts["dataset"]), epochs, *several, *others])
 
 

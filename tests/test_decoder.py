@@ -283,8 +283,8 @@ class Run:
 
     def __init__(self, seed, decoder, accuracy, r2, epochs=20, **facts):
         self.facts = dict.fromkeys(caps.RECIPE, 0) | {"model": "alexcaps", "dataset": "mnist", "seed": seed, "decoder": decoder,
-                                                      "world_size": 1, "traits": {"digest": "d"}} | facts
-        self.rows, self.departures = [{}] * epochs, ["seed 2", "decoder 0.0005"]
+                                                      "world_size": 1, "epochs": epochs, "traits": {"digest": "d"}} | facts
+        self.departures = ["decoder 0.0005"]
         levels = {kind: [1, accuracy, accuracy - 0.1] for kind in ("rotation (degrees)", "shift (pixels)",
                                                                   "noise (standard deviation)")}
         self.knowledge = compare.knowledge(accuracy, np.array([r2, np.nan]), levels)
