@@ -486,6 +486,22 @@ def test_weights_that_cannot_be_used(main, finished, wrong):
         assert status == 2 and ("not fit" in line or "finite" in line), line
 
 
+def test_networks_that_come_along_have_names(main, finished, monkeypatch, tmp_path):
+    """Whatever lies in the working directory, and their evaluations do not lie beside them."""
+    data = ["--data-dir", finished.parent / "data"]
+    shutil.copytree(finished, "alexcaps")
+    for name, path in runs.NETWORKS.items():
+        assert caps.parse(["eval", "--checkpoint", name]).checkpoint == str(path)
+    monkeypatch.setitem(runs.NETWORKS, "alexcaps", tmp_path / "networks/alexcaps.pt")
+    status, line = main("eval", *data)
+    assert status == 2 and "networks/alexcaps.pt: no such checkpoint" in line
+    shutil.copytree(finished, tmp_path / "networks")
+    (tmp_path / "networks/last.pt").rename(tmp_path / "networks/alexcaps.pt")
+    assert main("eval", *data)[0] == 0
+    assert len(list(Path("runs/networks/alexcaps").glob("eval-*/summary.json"))) == 1
+    assert main("eval", "--checkpoint", "./alexcaps", *data)[0] == 0 and list(Path("alexcaps").glob("eval-*"))
+
+
 def test_a_runs_folder_stands_for_its_checkpoint(main, finished):
     data = ["--data-dir", finished.parent / "data"]
     assert main("eval", "--checkpoint", finished, "--out", "e", *data)[0] == 0

@@ -186,6 +186,18 @@ def test_seeds_of_a_setting_are_one_row_and_titles_tell_settings_apart(tmp_path)
     assert rows[3]["setting, but for the study's with 1 process"] == "shift 2.0"
 
 
+def test_pictures_of_many_settings_show_those_nearest_to_the_studys(tmp_path):
+    specs = [alex(seed=3, ema=0.9), alex(seed=2), alex(seed=4), alex(world_size=4, accumulate=4), alex(world_size=4), res(lr=0.002),
+             alex(dataset="mnist5k", train_images=4000)]
+    runs = read_runs(*(hand_made(tmp_path / str(number), **spec) for number, spec in enumerate(specs)))
+    drawn = report.in_pictures(report.compare.groups(runs))
+    assert {int(run.folder.name) for run in drawn} == {1, 4, 5, 6}
+    assert [run.folder.name for run in report.in_pictures(report.compare.groups(runs[:4]))] == ["0", "1", "3"]
+    for number in range(5):
+        runs[number].missing = ["last.pt is not there"]
+    assert [len(folders) for folders in report.missing(runs[:5]).values()] == [5]
+
+
 def test_options_of_the_studys_code_are_recognised(tmp_path):
     code = {"batch_size": 128, "gamma": 1, "accuracies": [0.975] * 10}
     several = {"world_size": 4, "batch_size": 128, "accumulate": 4, "gamma": 1, "amp": "bf16"}
