@@ -9,7 +9,7 @@
     python tests/bench.py accuracy [SETTING ...] [--seeds 1 2 3]          whole trainings with several seeds, by default all that the
                                           README has, or 'NAME=train --lr 0.002'; it goes on where it was stopped
     python tests/bench.py plain [options of caps.py train]                a training with plain layers and routing
-    python tests/bench.py pictures --checkpoint F [--count 300]           accuracy on drawn, scanned, photographed digits
+    python tests/bench.py pictures [--checkpoint F] [--count 300]         accuracy on drawn, scanned, photographed digits
     python tests/bench.py all --json F                                    ops, scale, train and ddp
 
 Times are medians over rounds in which the variants take turns; a ratio is the median of the rounds' ratios, so that a
@@ -61,7 +61,7 @@ def main():
     command.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="folder of the runs' folders")
     command.set_defaults(run=accuracy)
     command = commands.add_parser("pictures", help="digits as people photograph, scan and draw them")
-    command.add_argument("--checkpoint", type=Path, required=True)
+    command.add_argument("--checkpoint", type=caps.checkpoint_name, default="alexcaps")
     command.add_argument("--count", type=int, default=300, help="pictures of each kind")
     command.add_argument("--fashion", help="folder of Fashion-MNIST's IDX files, for clothes in place of digits")
     command.set_defaults(run=pictures)
