@@ -7,6 +7,21 @@ from common import command
 from PIL import Image
 
 import caps
+from caps.extras import runs
+
+
+def test_networks_that_come_along(embedded, tmp_path):
+    """On a fresh clone: digits that they were trained on or not, each with its own summary, in files of 5 MB."""
+    for image, label in zip(embedded.test_images[::100, 0], embedded.test_labels[::100]):
+        Image.fromarray(255 - image.numpy()).resize((200, 200)).save(tmp_path / f"{len(list(tmp_path.iterdir()))}-{label}.png")
+    for name, path in runs.NETWORKS.items():
+        assert 4e6 < path.stat().st_size < 5.5e6
+        assert command("eval", "--checkpoint", name, "--dataset", "mnist5k", "--out", f"e/{name}", cwd=tmp_path).returncode == 0
+        facts = json.loads((tmp_path / f"e/{name}/summary.json").read_text())
+        assert facts["model"] == name and facts["holdout"] == 0 and facts["test_accuracy"] > 0.985
+    result = command("predict", "*.png", cwd=tmp_path)
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 10, result.stderr
+    assert all(line.split(".png: ")[1][0] == line.split("-")[1][0] for line in result.stdout.splitlines())
 
 
 def test_predict(trained, embedded, tmp_path):
