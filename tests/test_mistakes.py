@@ -348,7 +348,7 @@ def test_leftovers_of_a_launcher(main, monkeypatch, tmp_path, finished):
     last, data = finished / "last.pt", ["--data-dir", finished.parent / "data"]
     assert main("predict", "--checkpoint", last, ROOT / "docs/routing.png")[0] == 0
     assert main("report", finished, "--images", 20, *data)[0] == 0
-    assert "accumulate" not in (tmp_path / "report/report.md").read_text()  # defaults of several processes
+    assert "accumulate 1" not in (tmp_path / "report/report.md").read_text()  # defaults of several processes
     assert main("eval", "--checkpoint", last, "--out", "e", *data)[0] == 0
     for name in left.keys() - {"TORCHELASTIC_RESTART_COUNT"}:
         monkeypatch.setenv(name, "")
