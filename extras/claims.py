@@ -110,7 +110,7 @@ def timed(runs, kinds):
     ways = {}
     for run in sorted((run for run in runs if run.full), key=nearness, reverse=True):
         ways.setdefault((run.facts["device"], run.facts["amp"]), []).append(run)
-    pairs = ([reference(alike, *kind) for kind in kinds] for alike in [*ways.values(), runs])
+    pairs = ([reference(alike, *kind) for kind in kinds] for alike in ways.values())
     return next((pair for pair in pairs if not any(isinstance(group, str) for group in pair)),
                 [reference(runs, *kind) for kind in kinds])
 

@@ -13,13 +13,11 @@ from unittest import mock
 import torch
 
 import caps
-from bench_training import plain_layers
+from bench_training import BENCH, plain_layers
 from caps.extras import faster, results
 from caps.extras.compare import spread
+from common import CAPS
 from timing import machine
-
-ROOT = Path(__file__).parent.parent
-BENCH = str(ROOT / "tests/bench.py")
 
 # Of each setting the number of seeds and a command of run.sh (train, ddp N) or of bench.py (plain), without --seed and
 # --out: first what the study describes, then what its published code did, then what was chosen on held-out training
@@ -82,11 +80,6 @@ def train_plain(words):
         return caps.main(["train", *words])
 
 
-def refuse(message):
-    print(f"bench.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def held(folder, setting):
     """What the folder of a run tells of it, the content of summary.json if all its epochs are over and of last.pt's
     recipe else; {} of none. A run of another setting is refused."""
@@ -98,7 +91,7 @@ def held(folder, setting):
         try:
             told = caps.LATER | json.loads((folder / "summary.json").read_text())
         except ValueError as error:
-            refuse(f"{folder / 'summary.json'}: damaged ({error}); remove it")
+            raise caps.UserError(f"{folder / 'summary.json'}: damaged ({error}); remove it") from error
         facts = facts if facts and facts["epochs"] != told["epochs"] else told
     if not facts:
         return {}
@@ -108,8 +101,8 @@ def held(folder, setting):
     keys += ["world_size", "layers"] * ("test_accuracy" in facts)
     differing = [key for key in keys if facts.get(key) != wanted[key] and (key, wanted[key]) != ("dataset", "auto")]
     if differing or facts["epochs"] > wanted["epochs"]:
-        refuse(f"{folder}: holds a run of another setting, it differs in {', '.join(differing or ['epochs'])}; remove it, or "
-               "name another folder by --runs")
+        raise caps.UserError(f"{folder}: holds a run of another setting, it differs in {', '.join(differing or ['epochs'])}; "
+                             "remove it, or name another folder by --runs")
     return facts
 
 
@@ -117,14 +110,14 @@ def trained(folder, setting, seed, device):
     """summary.json's content of a setting's run with one seed, which is begun, gone on with, or there already."""
     facts = held(folder, setting)
     if "test_accuracy" not in facts or facts["epochs"] < setting.wanted.epochs:
-        start = {"train": [str(ROOT / "caps.py"), "train"], "plain": [BENCH, "plain"],
+        start = {"train": [CAPS, "train"], "plain": [BENCH, "plain"],
                  "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.processes),
-                         str(ROOT / "caps.py"), "train"]}[setting.way]
+                         CAPS, "train"]}[setting.way]
         again = ["--resume"] if facts else []
         status = wait_for([sys.executable, *start, *setting.words, "--device", device, "--seed", str(seed), "--out", str(folder),
                            *again], max(1, torch.get_num_threads() // setting.processes))
         if status:
-            refuse(f"{folder}: stopped with status {status}" + "; the same command goes on from there" * (status != 2))
+            raise caps.UserError(f"{folder}: stopped with status {status}" + "; the same command goes on from there" * (status != 2))
         facts = held(folder, setting)
     return facts
 
@@ -150,7 +143,7 @@ def accuracy(options):
         found = [trained(options.runs / each.name / f"seed-{seed}", each, seed, options.device) for seed in seeds]
         sets, devices, versions = (sorted({facts[key] for facts in found}) for key in ("dataset", "device", "torch"))
         if len(sets) > 1:
-            refuse(f"{options.runs / each.name}: holds runs on {' and '.join(sets)}; add --dataset to the setting")
+            raise caps.UserError(f"{options.runs / each.name}: holds runs on {' and '.join(sets)}; add --dataset to the setting")
         accuracies = [round(100 * facts["test_accuracy"], 6) for facts in found]
         rows.append({"setting": each.name, "command": each.command, "seeds": seeds, "accuracies": accuracies, "n": len(found),
                      "mean": statistics.mean(accuracies),

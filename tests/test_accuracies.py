@@ -1,14 +1,15 @@
 """bench.py accuracy: settings of training with several seeds, which the README's table is made of."""
-import argparse
 import json
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import bench_accuracy
 import pytest
 import torch
+from bench import main as bench_main
 
 import caps
 
@@ -16,9 +17,11 @@ SMALL = "--dataset mnist5k --batch-size 400"
 
 
 def bench(folder, *settings, seeds=None):
-    options = argparse.Namespace(settings=[bench_accuracy.setting(text) for text in settings], seeds=seeds, runs=folder,
-                                 device="cpu")
-    return bench_accuracy.accuracy(options)["rows"]
+    """The rows of the command line in this process."""
+    words = [*settings, "--runs", folder, "--device", "cpu", "--json", folder / "rows.json", *(["--seeds", *seeds] if seeds else [])]
+    with mock.patch("sys.argv", ["bench.py", "accuracy", *map(str, words)]):
+        bench_main()
+    return json.loads((folder / "rows.json").read_text())["rows"]
 
 
 def test_settings_by_means_over_seeds_and_gone_on_with(tmp_path, capsys):
