@@ -106,13 +106,19 @@ def reference(runs, model, several):
 
 def timed(runs, kinds):
     """Two groups of runs on full MNIST, each of a (model, several processes), nearest to the study's among those of one
-    device and amp; where there are no such two, the nearest, or in words what lacks."""
+    device and amp, of several such two the fastest; where there are none, the nearest, or in words what lacks."""
     ways = {}
-    for run in sorted((run for run in runs if run.full), key=nearness, reverse=True):
+    for run in (run for run in runs if run.full):
         ways.setdefault((run.facts["device"], run.facts["amp"]), []).append(run)
     pairs = ([reference(alike, *kind) for kind in kinds] for alike in ways.values())
-    return next((pair for pair in pairs if not any(isinstance(group, str) for group in pair)),
-                [reference(runs, *kind) for kind in kinds])
+    return min((pair for pair in pairs if not any(isinstance(group, str) for group in pair)),
+               key=lambda pair: sum(fastest(group).facts["seconds_per_epoch"] for group in pair),
+               default=[reference(runs, *kind) for kind in kinds])
+
+
+def fastest(group):
+    """Whatever else a machine does makes runs slower."""
+    return min(group, key=lambda run: run.facts["seconds_per_epoch"])
 
 
 def mean(values):
@@ -173,8 +179,7 @@ def judge_earlier(*groups):
 
 
 def judge_time(slow, fast):
-    """By the fastest of a group's runs: whatever else a machine does makes them slower."""
-    slow, fast = (min(group, key=lambda run: run.facts["seconds_per_epoch"]) for group in (slow, fast))
+    slow, fast = fastest(slow), fastest(fast)
     ratio, work = slow.facts["seconds_per_epoch"] / fast.facts["seconds_per_epoch"], slow.size[1] / fast.size[1]
     same = all(slow.facts[key] == fast.facts[key] for key in ("device", "amp"))
     said = ["{seconds_per_epoch:.0f} s ({device}, amp {amp})".format(**run.facts) for run in (slow, fast)]

@@ -14,8 +14,8 @@ DIGITS = {"R² of the angle": 3}  # after the point; of percentages 2
 def setting(run, *but):
     """What runs of several seeds have in common, but for some options."""
     data = run.facts["traits"]["digest"] or run.facts["dataset"]
-    recipe = [run.facts[key] for key in RECIPE if key not in ("seed", "dataset", *but)]
-    return repr([data, recipe, *(run.facts.get(key) for key in ("epochs", "world_size", "layers"))])
+    keys = [key for key in (*RECIPE, "epochs", "world_size", "layers") if key not in ("seed", "dataset", *but)]
+    return repr([data, *(run.facts.get(key) for key in keys)])
 
 
 def groups(runs):

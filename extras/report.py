@@ -26,8 +26,10 @@ from caps.extras.probes import orientation, plot_orientation, plot_robustness, r
 from caps.extras.runs import check_writable, write_atomically
 from caps.extras.summary import layer_table, totals
 
+TRAITS = "classes", "image", "mean", "deviation", "framing", "split", "digest"
 FACTS = {"train_images": int, "epochs": int, "seconds_per_epoch": float, "parameters": int, "test_accuracy": float,
-         "macro_auc": float, "device": str, "layers": str, "world_size": int, "peak_memory_bytes": int, "traits": dict,
+         "macro_auc": float, "device": str, "layers": str, "world_size": int, "peak_memory_bytes": int,
+         "traits": lambda traits: {key: traits[key] for key in TRAITS},
          "confusion": lambda counts: np.reshape(counts, (len(counts), len(counts))).tolist()}
 
 FEW = 4  # settings that the pictures show all of
@@ -110,7 +112,7 @@ def distinguish(runs, what, more):
 def read_run(folder):
     """What a run's folder tells: `facts` of summary.json, or the recipe in last.pt; `rows` of metrics.csv or last.pt;
     `model`; and `missing`, in words what is not there or damaged. Without facts there is nothing to report."""
-    run = SimpleNamespace(folder=pathlib.Path(folder), facts={}, rows=[], model=None, missing=[])
+    run = SimpleNamespace(folder=pathlib.Path(folder), facts={}, rows=[], model=None, network=None, missing=[])
     for name in ("last.pt", "metrics.csv", "summary.json"):
         try:
             vars(run).update({k: told for k, told in read_part(run.folder / name).items() if told})
@@ -119,8 +121,7 @@ def read_run(folder):
             run.missing.append(f"{name} {damage if (run.folder / name).exists() else 'is not there'}")
     if run.facts:
         model, count, dataset = (run.facts.get(k) for k in ("model", "world_size", "dataset"))
-        traits = run.facts["traits"] = run.facts.get("traits") or earlier_traits(dataset)
-        run.classes = traits["classes"]
+        traits, run.classes = run.facts["traits"], run.facts["traits"]["classes"]
         processes = f"{count} process{'es' if count > 1 else ''}" if count else "unfinished"
         decoder = " with decoder" * (run.facts["decoder"] > 0)
         run.title = f"{MODELS[model].__name__}{decoder}, {processes}{'' if dataset == 'mnist' else f', {set_title(dataset)}'}"
@@ -134,7 +135,7 @@ def read_run(folder):
         run.setting = run.title
         if run.rows:
             run.facts["seconds_per_epoch"] = float(np.median([row["seconds"] for row in run.rows]))
-        run.network = run.model or new_model(run.facts, traits)
+        run.network = run.model or run.network
         run.size = totals(layer_table(run.network))
         if run.rows and len(run.rows) != run.facts["epochs"]:
             run.missing.append(f"summary.json is of {run.facts['epochs']} epochs, metrics.csv of {len(run.rows)}")
@@ -142,7 +143,7 @@ def read_run(folder):
 
 
 def read_part(path):
-    """What one file of a run's folder tells: some of `facts`, `rows` and `model`."""
+    """What one file of a run's folder tells: some of `facts`, `rows`, `model` and an untrained `network` like it."""
     if path.suffix == ".pt":
         checkpoint = read_checkpoint(path)
         rows, recipe = checkpoint["history"], {k: checkpoint["config"][k] for k in RECIPE}
@@ -156,8 +157,9 @@ def read_part(path):
     facts = {"traits": None, "layers": None} | LATER | json.loads(path.read_text())
     if facts["model"] not in MODELS:
         raise ValueError(f"unknown model {facts['model']}")
+    facts["traits"] = facts["traits"] or earlier_traits(facts["dataset"])
     known = {k: kind(facts[k]) for k, kind in FACTS.items() if facts[k] is not None}  # null: not to be had there
-    return {"facts": {k: facts[k] for k in RECIPE} | known}
+    return {"facts": {k: facts[k] for k in RECIPE} | known, "network": new_model(facts, facts["traits"])}
 
 
 def test_again(run, data_dir, device):
@@ -201,9 +203,9 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
         "Written by `caps.py report` from the files of finished runs. Accuracies are those after the last epoch; "
         "no run and no epoch was chosen by its test accuracy. A run whose loss is no longer finite stops and is not "
         "among them.",
-        "## Results", markdown([results_row(group) for group in settings]),
-        "Of several seeds means ± standard deviations. Seconds, images/s and memory are those of the fastest run, times "
-        "medians over its epochs.",
+        "## Results", markdown([results_row(group, runs) for group in settings]),
+        "Of several seeds means ± standard deviations. Seconds, images/s and memory are those of the fastest run of a "
+        "setting, however many epochs it had, times medians over its epochs.",
         "## What the study claims", markdown(claims(runs, fits)),
         "Judged by finished runs on full MNIST without a decoder, which the study has not; of several, by that with the "
         "most epochs, 20 at most counted, then the one nearest to the study's recipe.",
@@ -261,9 +263,13 @@ def missing(records):
     return found
 
 
-def results_row(group):
-    """A row on runs of one setting; times and memory are of the fastest, which had the least beside it."""
-    quiet = min(group, key=lambda run: run.facts.get("seconds_per_epoch", float("inf")))
+def results_row(group, runs):
+    """A row on runs of one setting; times and memory are of the fastest with any number of epochs, which had the least
+    beside it."""
+    alike = [run for run in runs if compare.setting(run, "epochs") == compare.setting(group[0], "epochs")]
+    quiet = min(alike, key=lambda run: run.facts.get("seconds_per_epoch", float("inf")))
+    devices = list(dict.fromkeys(run.facts["device"] for run in group if "device" in run.facts))
+    devices += [f"times: {timed}" for timed in [quiet.facts.get("device")] if timed not in (None, *devices)]
     first, one_parent = group[0], len({run.folder.parent for run in group}) == 1
 
     def fact(key, form, scale=1):
@@ -280,7 +286,7 @@ def results_row(group):
             "images/s": f"{np.median([row['images_per_second'] for row in quiet.rows]):,.0f}" if quiet.rows else None,
             "peak memory a process": fact("peak_memory_bytes", "{:,.0f} MiB", 2**-20), "macro AUC": average("macro_auc", 5),
             "processes": first.facts.get("world_size"),
-            "device": "; ".join(dict.fromkeys(run.facts["device"] for run in group if "device" in run.facts)) or None,
+            "device": "; ".join(devices) or None,
             "folders": ", ".join(f"`{run.folder.name if one_parent and run is not first else run.folder}`" for run in group)}
 
 

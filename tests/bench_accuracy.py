@@ -21,7 +21,7 @@ from timing import machine
 
 # Of each setting the number of seeds and a command of run.sh (train, ddp N) or of bench.py (plain), without --seed and
 # --out: first what the study describes, then what its published code did, then what was chosen on held-out training
-# images, then what other comparisons take.
+# images, then single epochs for times, with nothing beside them, then what other comparisons take.
 SETTINGS = {
     "alexcaps": (3, "train --model alexcaps --epochs 20"),
     "alexcaps-ddp4": (3, "ddp 4 --model alexcaps --epochs 20 --amp bf16"),
@@ -33,7 +33,12 @@ SETTINGS = {
                               "--warmup 0"),
     "rescaps-code": (1, "train --model rescaps --epochs 20 --amp bf16 --rotate 0 --gamma 1"),
     "alexcaps-best": (3, "train --model alexcaps --epochs 50 --step-size 8 --shift 2 --ema 0.9995"),
-    "alexcaps-bf16": (1, "train --model alexcaps --epochs 1 --amp bf16"),  # its time, with ResCapsNet's amp
+    "rescaps-best": (3, "train --model rescaps --epochs 20 --step-size 3 --shift 2 --ema 0.999 --amp bf16"),
+    "alexcaps-epoch": (1, "train --model alexcaps --epochs 1"),
+    "alexcaps-epoch-bf16": (1, "train --model alexcaps --epochs 1 --amp bf16"),
+    "alexcaps-epoch-ddp4": (1, "ddp 4 --model alexcaps --epochs 1 --amp bf16"),
+    "rescaps-epoch": (1, "train --model rescaps --epochs 1 --amp bf16"),
+    "rescaps-epoch-ddp4": (1, "ddp 4 --model rescaps --epochs 1 --amp bf16"),
     "alexcaps-plain": (1, "plain --model alexcaps --epochs 20"),
 }
 GIVEN_HERE = {"seed", "out", "overwrite", "resume", "device", "check"}

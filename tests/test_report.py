@@ -120,6 +120,8 @@ R2 = {"both": ((0.6, 0.1), (0.5, 0.2)), "short": ((0.6, 0.1), (0.4, 0.2)), "leng
     ("An AlexCapsNet epoch", [alex(seconds_per_epoch=149.0), res()], FAILS, ["1.49 times"]),
     ("An AlexCapsNet epoch", [alex(seconds_per_epoch=150.0), res(device="cpu, 2 threads")], UNKNOWN, ["not the same"]),
     ("An AlexCapsNet epoch", [alex(), res(amp="bf16"), alex(seconds_per_epoch=150.0, amp="bf16")], HOLDS, ["1.50", "amp bf16"]),
+    ("An AlexCapsNet epoch", [alex(seconds_per_epoch=300.0), res(), alex(accuracies=[0.9], seconds_per_epoch=90.0, device="cpu, 2 threads"),
+                              res(accuracies=[0.9], seconds_per_epoch=50.0, device="cpu, 2 threads")], HOLDS, ["1.80 times"]),
     ("Several", [gpu(), gpu(seconds_per_epoch=50.0, world_size=4)], HOLDS, ["2.00 times"]),
     ("Several", [gpu(), gpu(seconds_per_epoch=80.0, world_size=4)], FAILS, ["1.25 times"]),
     ("Several", [gpu(), gpu(seconds_per_epoch=50.0, world_size=4, amp="bf16")], UNKNOWN, ["not the same device and amp"]),
@@ -176,7 +178,7 @@ def test_seeds_of_a_setting_are_one_row_and_titles_tell_settings_apart(tmp_path)
     assert [run.title for run in runs] == [
         f"{plain}, seed 1 ({tmp_path}/plain/1)", f"{plain}, seed 2", f"{plain}, seed 3", "AlexCapsNet, 1 process, 3 epochs",
         f"{plain}, shift 2.0, seed 1", f"{plain}, shift 2.0, seed 2", f"{plain}, seed 1 ({tmp_path}/again/1)"]
-    rows = [report.results_row(group) for group in report.compare.groups(runs)]
+    rows = [report.results_row(group, runs) for group in report.compare.groups(runs)]
     assert [(row["run"], row["seeds"], row["test accuracy"]) for row in rows] == [
         (plain, "1, 2, 3", "97.14 ± 0.15 %"), (plain, "1", "97.12 %"), ("AlexCapsNet, 1 process, 3 epochs", "1", "98.00 %"),
         (f"{plain}, shift 2.0", "1, 2", "97.50 ± 0.71 %")]
@@ -184,6 +186,13 @@ def test_seeds_of_a_setting_are_one_row_and_titles_tell_settings_apart(tmp_path)
                                      "setting, but for the study's with 1 process", "folders")] == [
         "91", "600", "1 MiB", None, f"`{tmp_path}/plain/1`, `2`, `3`"]  # of the fastest
     assert rows[3]["setting, but for the study's with 1 process"] == "shift 2.0"
+    # A run of fewer epochs, with nothing beside it, tells the time of all.
+    runs += read_runs(hand_made(tmp_path / "epoch", accuracies=[0.9], seconds_per_epoch=50.0, peak_memory_bytes=2**25,
+                                device="cpu, 2 threads"))
+    row = report.results_row(runs[:3], runs)
+    assert [row[key] for key in ("test accuracy", "seconds an epoch", "peak memory a process", "device")] == [
+        "97.14 ± 0.15 %", "50", "32 MiB", "cpu, 1 threads; times: cpu, 2 threads"]
+    assert report.results_row(runs[4:6], runs)["seconds an epoch"] == "91"  # of another setting
 
 
 def test_pictures_of_many_settings_show_those_nearest_to_the_studys(tmp_path):
@@ -219,7 +228,7 @@ def test_options_of_the_studys_code_are_recognised(tmp_path):
 
 def test_results_row_by_hand(tmp_path):
     run, = read_runs(hand_made(tmp_path / "run", accuracies=[0.95, 0.9712], lr=0.002, world_size=4))
-    row = report.results_row([run])
+    row = report.results_row([run], [run])
     assert list(row.values())[:-1] == [
         "AlexCapsNet, 4 processes", "lr 0.002", "1", "97.12 %", 2, "2,683,840", "10,588,416", "100", "600",
         "1,024 MiB", "0.99900", 4, "cpu, 1 threads"]
@@ -240,7 +249,7 @@ def test_damaged_run_folders_are_read_as_far_as_they_go(trained, tmp_path):
     run = damaged("unfinished", summary=None)
     assert run.missing == ["summary.json is not there"] and "unfinished" in run.title
     assert run.facts["test_accuracy"] == whole.facts["test_accuracy"] and run.rows == whole.rows
-    assert report.results_row([run])["processes"] is None
+    assert report.results_row([run], [run])["processes"] is None
     assert report.test_again(run, "nowhere", torch.device("cpu"))[3]["test_accuracy"] == whole.facts["test_accuracy"]
     assert len(run.missing) == 1
     run.facts["test_accuracy"] -= 0.1
@@ -250,7 +259,8 @@ def test_damaged_run_folders_are_read_as_far_as_they_go(trained, tmp_path):
     assert run.rows == whole.rows and "metrics.csv is damaged" in run.missing[0]  # last.pt has them too
     run = damaged("no model", last="not a checkpoint")
     assert run.model is None and "last.pt is damaged" in run.missing[0] and run.facts == whole.facts
-    for number, change in enumerate(({"test_accuracy": "high"}, {"model": "lenet"}, {"confusion": [[1], [1, 2]]}, {"lr": None})):
+    for number, change in enumerate(({"test_accuracy": "high"}, {"model": "lenet"}, {"confusion": [[1], [1, 2]]}, {"lr": None},
+                                      {"traits": {"classes": ["0"], "image": [1, 28, 28]}}, {"traits": None, "dataset": "of an earlier day"})):
         facts = {k: v for k, v in (whole.facts | change).items() if v is not None}
         run = damaged(f"summary {number}", summary=json.dumps(facts))
         assert "summary.json is damaged" in run.missing[0] and "world_size" not in run.facts
