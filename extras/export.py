@@ -17,6 +17,7 @@ import torch.nn as nn
 from caps import (EVALUATION_BATCH, PARTS, STATE, UserError, World, class_scores, file_name, lengths, load_model, package, read_checkpoint,
                   to_float)
 from caps.extras.datasets import load_data_for
+from caps.extras.machine import choose_device
 from caps.extras.runs import check_writable, write_atomically, write_checkpoint
 
 
@@ -54,6 +55,7 @@ def run(args):
         raise UserError(f"{out}: is there already, and may be a run's checkpoint; name another file")
     packages = [] if small else [package(name, "export", "-e '.[onnx]'") for name in ("onnxruntime", "onnx", "onnxscript")]
     check_writable(out.parent, "FILE")
+    choose_device("cpu")  # or a CAPS_BACKEND is refused
     checkpoint = read_checkpoint(args.checkpoint)
     what = "test images"
     try:
@@ -81,8 +83,7 @@ def write_network(out, checkpoint, images):
     before, after = (class_scores(net, images, world) for net in (model, load_model(content | {"path": str(out)}, world.device)))
     write_atomically(out, lambda path: write_checkpoint(path, content))
     other = (before.argmax(1) != after.argmax(1)).sum()
-    return (f"{out.stat().st_size / 1e6:.1f} MB; its lengths differ by at most {(before - after).abs().max():.1e}, its class in "
-            f"{other} cases,")
+    return f"{out.stat().st_size / 1e6:.1f} MB; {other} classes differ, lengths by at most {(before - after).abs().max():.1e},"
 
 
 def write_onnx(out, checkpoint, images, onnxruntime, onnx, _):

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from caps import CapsuleLayer, UserError, extra, load_model, new_model, read_checkpoint
+from caps.extras.machine import choose_device
 
 
 def options(add):
@@ -17,13 +18,14 @@ def options(add):
 
 def described(args):
     """(the network that options name, its name in MODELS, the traits of its data set)."""
+    device = choose_device("cpu")
     if not args.checkpoint:
         traits = extra("datasets").earlier_traits("mnist")
         return new_model(vars(args), traits), args.model, traits
     if told := {"model", "iterations", "decoder"} & args.given:
         raise UserError(f"--{min(told)}: the checkpoint tells it; leave one of them out")
     checkpoint = read_checkpoint(args.checkpoint)
-    return load_model(checkpoint, torch.device("cpu")), checkpoint["config"]["model"], checkpoint["traits"]
+    return load_model(checkpoint, device), checkpoint["config"]["model"], checkpoint["traits"]
 
 
 def run(args):

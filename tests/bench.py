@@ -59,6 +59,7 @@ def main():
                          help=f"{', '.join(SETTINGS)}, or 'NAME=command'")
     command.add_argument("--seeds", nargs="+", type=int, help="in place of each setting's own number of them")
     command.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="folder of the runs' folders")
+    command.add_argument("--finished", action="store_true", help="train nothing: rows of the runs that are finished there")
     command.set_defaults(run=accuracy)
     command = commands.add_parser("pictures", help="digits as people photograph, scan and draw them")
     command.add_argument("--checkpoint", type=caps.checkpoint_name, default="alexcaps")

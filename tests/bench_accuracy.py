@@ -111,10 +111,14 @@ def held(folder, setting):
     return facts
 
 
+def finished(facts, setting):
+    return "test_accuracy" in facts and facts["epochs"] == setting.wanted.epochs
+
+
 def trained(folder, setting, seed, device):
     """summary.json's content of a setting's run with one seed, which is begun, gone on with, or there already."""
     facts = held(folder, setting)
-    if "test_accuracy" not in facts or facts["epochs"] < setting.wanted.epochs:
+    if not finished(facts, setting):
         start = {"train": [CAPS, "train"], "plain": [BENCH, "plain"],
                  "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.processes),
                          CAPS, "train"]}[setting.way]
@@ -145,7 +149,12 @@ def accuracy(options):
     rows = []
     for each in options.settings or map(setting, SETTINGS):
         seeds = list(dict.fromkeys(options.seeds or range(1, each.count + 1)))
-        found = [trained(options.runs / each.name / f"seed-{seed}", each, seed, options.device) for seed in seeds]
+        folders = {seed: options.runs / each.name / f"seed-{seed}" for seed in seeds}
+        if options.finished:
+            seeds = [seed for seed in seeds if finished(held(folders[seed], each), each)]
+            if not seeds:
+                continue
+        found = [trained(folders[seed], each, seed, options.device) for seed in seeds]
         sets, devices, versions = (sorted({facts[key] for facts in found}) for key in ("dataset", "device", "torch"))
         if len(sets) > 1:
             raise caps.UserError(f"{options.runs / each.name}: holds runs on {' and '.join(sets)}; add --dataset to the setting")
@@ -157,4 +166,6 @@ def accuracy(options):
                      "dataset": sets[0], "devices": devices, "torch": versions})
         print("{0:<24}{1:>14} % of {dataset}  n = {n}  {seconds_per_epoch:>7.1f} s an epoch, {2}  {command}".format(
             each.name, spread(accuracies), "; ".join(devices), **rows[-1]), flush=True)
+    if not rows:
+        raise caps.UserError(f"{options.runs}: no finished run of these settings; leave out --finished to train them")
     return {"command": "accuracy", "machine": machine(options.device), "rows": rows}

@@ -52,7 +52,7 @@ def test_settings_by_means_over_seeds_and_gone_on_with(tmp_path, capsys):
     assert "differs in epochs;" in capsys.readouterr().err
 
 
-def test_records_of_runs_are_enough(tmp_path):
+def test_records_of_runs_are_enough(tmp_path, capsys):
     """summary.json alone: what is kept of the runs that docs/report is made of."""
     facts = vars(caps.parse(["train"])) | {"dataset": "mnist", "epochs": 20, "world_size": 1, "device": "cpu, 2 threads", "torch": "2.14",
                                            "seconds_per_epoch": 17.0}
@@ -60,6 +60,14 @@ def test_records_of_runs_are_enough(tmp_path):
         (tmp_path / f"alexcaps/seed-{seed}").mkdir(parents=True)
         told = {key: value for key, value in facts.items() if key != "given"} | {"seed": seed, "test_accuracy": accuracy}
         (tmp_path / f"alexcaps/seed-{seed}/summary.json").write_text(json.dumps(told))
+    assert bench(tmp_path, "--finished") == bench(tmp_path, "alexcaps", "rescaps", "--finished") == bench(tmp_path, "alexcaps")
+    (tmp_path / "alexcaps/seed-2/summary.json").rename(tmp_path / "summary.json")
+    row, = bench(tmp_path, "--finished")
+    assert row["seeds"] == [1, 3] and row["mean"] == pytest.approx(98.83)
+    with pytest.raises(SystemExit):
+        bench(tmp_path, "rescaps", "--finished")
+    assert "no finished run of these settings" in capsys.readouterr().err and not (tmp_path / "rescaps").exists()
+    (tmp_path / "summary.json").rename(tmp_path / "alexcaps/seed-2/summary.json")
     row, = bench(tmp_path, "alexcaps")
     assert row["accuracies"] == [98.7, 98.8, 98.96] and row["n"] == 3 and row["deviation"] == pytest.approx(0.1311, abs=1e-4)
 
