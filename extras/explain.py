@@ -23,14 +23,18 @@ def images_of(picture, digits):
 
 
 def plot_seen(path, picture, result, traits, drawing):
-    """The picture with the boxes of its digits, and beside it each as the network saw it, with its lengths."""
+    """The picture with the boxes of its digits, and below it each as the network saw it, with its lengths."""
     digits = result["digits"][:SHOWN]
-    figure, axes = new_figure(9.5, max(3.2, 1.6 * len(digits)), columns=3, rows=max(1, len(digits)))
+    across = min(max(1, len(digits)), 3)
+    rows, width = -(-len(digits) // across), 2.5 + 2.5 * across
+    height = min(5, width * picture.size[1] / picture.size[0])
+    figure, axes = new_figure(width, 1 + height + 1.5 * rows, columns=2 * across, rows=1 + rows)
     grid = axes[0].get_gridspec()
-    grid.set_width_ratios((3, 1, 1.6))
-    for axis in axes[::3]:
+    grid.set_width_ratios((1, 1.4) * across)
+    grid.set_height_ratios((height, *[1.5] * rows))
+    for axis in (*axes[:2 * across], *axes[2 * (across + len(digits)):]):
         axis.remove()
-    whole = figure.add_subplot(grid[:, 0])
+    whole = figure.add_subplot(grid[0, :])
     with Image.open(path) as file:
         file.draft(None, (800, 800))
         image = ImageOps.exif_transpose(file)
@@ -46,25 +50,24 @@ def plot_seen(path, picture, result, traits, drawing):
     whole.set_title(f"{name}: {heading}" + "\nuncertain" * bool(result["uncertain"]), parse_math=False)
     whole.set_xlabel("pixels")
     whole.grid(False)
-    for row, (digit, image) in enumerate(zip(digits, images_of(picture, digits))):
+    for number, (digit, image) in enumerate(zip(digits, images_of(picture, digits)), across):
         left, top, right, bottom = digit["box"]
         colour = "tab:orange" if digit["uncertain"] else "tab:green"
         if traits["framing"]:
             whole.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=colour)
             whole.annotate(shown(name_of(digit)), (left, top), color=colour, fontsize=12, ha="right", va="bottom")
-        seen, bars = axes[3 * row + 1:3 * row + 3]
+        seen, bars = axes[2 * number:2 * number + 2]
         seen.imshow(image, cmap="gray", vmin=0, vmax=1)
-        seen.set(title="as the network sees it" * (row == 0), xticks=[], yticks=[])
+        seen.set(title="as seen" * (number == across), xticks=[], yticks=[])
         seen.grid(False)
         names, values = traits["classes"], np.array(digit["lengths"])
         listed = range(len(names)) if len(names) <= ALL else np.argsort(-values, kind="stable")[:BARS]
         colours = [colour if names[c] == name_of(digit) else "lightgrey" for c in listed]
         bars.bar(range(len(listed)), values[listed], color=colours)
-        bars.set(ylim=(0, 1), ylabel="length")
+        bars.set(ylim=(0, 1), yticks=(0, 0.5, 1), ylabel="length" * (number % across == 0))
         bars.set_title((digit["uncertain"] or "").split(",")[0], parse_math=False)
-        bars.set_xticks(range(len(listed)), [shown(names[c], 12) for c in listed], rotation=90 * (max(map(len, names)) > 2))
-    for axis in axes[1:3] if not digits else ():
-        axis.remove()
+        bars.set_xticks(range(len(listed)), [shown(names[c], 12) for c in listed], rotation=90 * (max(map(len, names)) > 2),
+                        fontsize=8)
     write_atomically(drawing.with_name(f"{drawing.name}-seen.png"), figure.savefig)
 
 
