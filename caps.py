@@ -1219,7 +1219,7 @@ def train_options(add):
 
 def parse(argv):
     """Parsed arguments; `given` holds the names of the options that stand on the command line."""
-    if not argv or argv[0] not in {*MODES, "-h", "--help"}:
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["train", *argv]
     parser = Parser(description=__doc__, formatter_class=ManualFormatter)
     modes = parser.add_subparsers(dest="mode", metavar="MODE", parser_class=Parser)

@@ -54,8 +54,8 @@ ddp() {
     unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT ${!TORCHELASTIC_@}  # an earlier launcher's
     gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
     processes=$((gpus > 1 ? gpus : 2))
-    [[ ${1:--} = -* || $1 =~ ^[0-9]+$ ]] || fail "ddp $1: expected a number of processes, or options"
-    [[ ${1:-} =~ ^[0-9]+$ ]] && { processes=$1; shift; }
+    [[ ${1--} = -* || $1 =~ ^[0-9]{1,4}$ ]] || fail "ddp '$1': expected a number of processes, or options"
+    [[ ${1--} = -* ]] || { processes=$((10#$1)); shift; }
     [ "$processes" -ge 1 ] || fail "ddp $processes: expected at least 1 process"
     local word
     for word in "$@"; do

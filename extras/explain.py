@@ -27,7 +27,7 @@ def plot_seen(path, picture, result, traits, drawing):
     digits = result["digits"][:SHOWN]
     across = min(max(1, len(digits)), 3)
     rows, width = -(-len(digits) // across), 2.5 + 2.5 * across
-    height = min(5, width * picture.size[1] / picture.size[0])
+    height = min(5, max(0.6, width * picture.size[1] / picture.size[0]))
     figure, axes = new_figure(width, 1 + height + 1.5 * rows, columns=2 * across, rows=1 + rows)
     grid = axes[0].get_gridspec()
     grid.set_width_ratios((1, 1.4) * across)
@@ -46,29 +46,38 @@ def plot_seen(path, picture, result, traits, drawing):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     whole.imshow(image, cmap="gray" if grey else None, extent=(0, picture.size[0], picture.size[1], 0))
     heading = result["text"] or result["result"]
-    name = os.fsencode(path.name).decode(errors="replace")
+    name = shown(os.fsencode(path.name).decode(errors="replace"), 20 * across + 20)
     whole.set_title(f"{name}: {heading}" + "\nuncertain" * bool(result["uncertain"]), parse_math=False)
     whole.set_xlabel("pixels")
     whole.grid(False)
+    for digit in result["digits"] if traits["framing"] else ():
+        (left, top, right, bottom), colour = digit["box"], colour_of(digit)
+        whole.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=colour)
+        whole.annotate(shown(name_of(digit)), (left, top), color=colour, fontsize=12, ha="right", va="bottom")
     for number, (digit, image) in enumerate(zip(digits, images_of(picture, digits)), across):
-        left, top, right, bottom = digit["box"]
-        colour = "tab:orange" if digit["uncertain"] else "tab:green"
-        if traits["framing"]:
-            whole.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=colour)
-            whole.annotate(shown(name_of(digit)), (left, top), color=colour, fontsize=12, ha="right", va="bottom")
         seen, bars = axes[2 * number:2 * number + 2]
         seen.imshow(image, cmap="gray", vmin=0, vmax=1)
         seen.set(title="as seen" * (number == across), xticks=[], yticks=[])
         seen.grid(False)
-        names, values = traits["classes"], np.array(digit["lengths"])
-        listed = range(len(names)) if len(names) <= ALL else np.argsort(-values, kind="stable")[:BARS]
-        colours = [colour if names[c] == name_of(digit) else "lightgrey" for c in listed]
-        bars.bar(range(len(listed)), values[listed], color=colours)
-        bars.set(ylim=(0, 1), yticks=(0, 0.5, 1), ylabel="length" * (number % across == 0))
-        bars.set_title((digit["uncertain"] or "").split(",")[0], parse_math=False)
-        bars.set_xticks(range(len(listed)), [shown(names[c], 12) for c in listed], rotation=90 * (max(map(len, names)) > 2),
-                        fontsize=8)
+        plot_lengths(bars, digit, traits["classes"])
+        bars.set_ylabel("length" * (number % across == 0))
     write_atomically(drawing.with_name(f"{drawing.name}-seen.png"), figure.savefig)
+
+
+def colour_of(digit):
+    return "tab:orange" if digit["uncertain"] else "tab:green"
+
+
+def plot_lengths(axis, digit, names):
+    """The lengths of a digit's capsules, of many classes the longest, and why it is doubted."""
+    values = np.array(digit["lengths"])
+    listed = range(len(names)) if len(names) <= ALL else np.argsort(-values, kind="stable")[:BARS]
+    axis.bar(range(len(listed)), values[listed], color=[
+        colour_of(digit) if names[c] == name_of(digit) else "lightgrey" for c in listed])
+    axis.set(ylim=(0, 1), yticks=(0, 0.5, 1))
+    axis.set_title(shown((digit["uncertain"] or "").split(",")[0], 30), parse_math=False, fontsize=8)
+    axis.set_xticks(range(len(listed)), [shown(names[c], 12) for c in listed], rotation=90 * (max(map(len, names)) > 2),
+                    fontsize=8)
 
 
 def plot_digits(model, picture, result, traits, drawing):

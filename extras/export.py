@@ -55,7 +55,7 @@ def run(args):
         raise UserError(f"{out}: is there already, and may be a run's checkpoint; name another file")
     packages = [] if small else [package(name, "export", "-e '.[onnx]'") for name in ("onnxruntime", "onnx", "onnxscript")]
     check_writable(out.parent, "FILE")
-    choose_device("cpu")  # or a CAPS_BACKEND is refused
+    choose_device("cpu")  # refuses a CAPS_BACKEND that is none, or not to be had
     checkpoint = read_checkpoint(args.checkpoint)
     what = "test images"
     try:

@@ -69,9 +69,9 @@ def run(args):
                 if not args.json:
                     bar.write("\n".join(lines(path, result, args.digits, traits)))
                 draw(len(results) - 1, picture, result)
-    for option in ("show", "explain"):
-        if getattr(args, option) and any(results):
-            print(f"caps: --{option}: drawn in {getattr(args, option)}/", file=sys.stderr)
+    for option, drawn in ("show", any(results)), ("explain", any(result and result["digits"] for result in results)):
+        if drawn and getattr(args, option):
+            print(f"caps: --{option}: drawn in {pathlib.Path(getattr(args, option))}/", file=sys.stderr)
     if args.json:
         print(json.dumps([result for result in results if result], indent=1))
     return int(None in results)

@@ -26,11 +26,11 @@ from caps.extras.probes import orientation, plot_orientation, plot_robustness, r
 from caps.extras.runs import check_writable, write_atomically
 from caps.extras.summary import layer_table, totals
 
-TRAITS = "classes", "image", "mean", "deviation", "framing", "split", "digest"
 FACTS = {"train_images": int, "epochs": int, "seconds_per_epoch": float, "parameters": int, "test_accuracy": float,
          "macro_auc": float, "device": str, "layers": str, "world_size": int, "peak_memory_bytes": int,
-         "traits": lambda traits: {key: traits[key] for key in TRAITS},
+         "traits": lambda traits: {key: traits[key] for key in earlier_traits("mnist")},
          "confusion": lambda counts: np.reshape(counts, (len(counts), len(counts))).tolist()}
+MAY_BE_NULL = {"macro_auc", "peak_memory_bytes", "layers", "size"}  # where they are not to be had, or by default
 
 FEW = 4  # settings that the pictures show all of
 
@@ -112,7 +112,7 @@ def distinguish(runs, what, more):
 def read_run(folder):
     """What a run's folder tells: `facts` of summary.json, or the recipe in last.pt; `rows` of metrics.csv or last.pt;
     `model`; and `missing`, in words what is not there or damaged. Without facts there is nothing to report."""
-    run = SimpleNamespace(folder=pathlib.Path(folder), facts={}, rows=[], model=None, network=None, missing=[])
+    run = SimpleNamespace(folder=pathlib.Path(folder), facts={}, rows=[], model=None, missing=[])
     for name in ("last.pt", "metrics.csv", "summary.json"):
         try:
             vars(run).update({k: told for k, told in read_part(run.folder / name).items() if told})
@@ -130,12 +130,13 @@ def read_run(folder):
         study = vars(parse(["train", "--dataset", "mnist", *ONE_PROCESS]))  # the defaults are the study's recipe
         run.departures = ["plain layers"] * (run.facts.get("layers") == "plain") + [
             f"{k.replace('_', '-')} {run.facts[k]}" for k in RECIPE[1:] if k != "seed" and run.facts[k] != study[k]]
-        run.changes = [f"{run.facts['epochs']} epochs"] * (run.facts["epochs"] != study["epochs"])
+        epochs = run.facts["epochs"]
+        run.changes = [f"{epochs} epoch{'s' * (epochs > 1)}"] * (epochs != study["epochs"])
         run.changes += [text for text in run.departures if text.split()[0] != "dataset" and text != "decoder 0.0005"]
         run.setting = run.title
         if run.rows:
             run.facts["seconds_per_epoch"] = float(np.median([row["seconds"] for row in run.rows]))
-        run.network = run.model or run.network
+        run.network = run.model or new_model(run.facts, traits)
         run.size = totals(layer_table(run.network))
         if run.rows and len(run.rows) != run.facts["epochs"]:
             run.missing.append(f"summary.json is of {run.facts['epochs']} epochs, metrics.csv of {len(run.rows)}")
@@ -143,7 +144,7 @@ def read_run(folder):
 
 
 def read_part(path):
-    """What one file of a run's folder tells: some of `facts`, `rows`, `model` and an untrained `network` like it."""
+    """What one file of a run's folder tells: some of `facts`, `rows` and `model`."""
     if path.suffix == ".pt":
         checkpoint = read_checkpoint(path)
         rows, recipe = checkpoint["history"], {k: checkpoint["config"][k] for k in RECIPE}
@@ -157,9 +158,13 @@ def read_part(path):
     facts = {"traits": None, "layers": None} | LATER | json.loads(path.read_text())
     if facts["model"] not in MODELS:
         raise ValueError(f"unknown model {facts['model']}")
-    facts["traits"] = facts["traits"] or earlier_traits(facts["dataset"])
-    known = {k: kind(facts[k]) for k, kind in FACTS.items() if facts[k] is not None}  # null: not to be had there
-    return {"facts": {k: facts[k] for k in RECIPE} | known, "network": new_model(facts, facts["traits"])}
+    if facts["traits"] is None:
+        facts["traits"] = earlier_traits(facts["dataset"])
+    if null := {k for k in (*RECIPE, *FACTS) if facts[k] is None} - MAY_BE_NULL:
+        raise ValueError(f"{', '.join(sorted(null))}: null")
+    with torch.device("meta"):
+        new_model(facts, facts["traits"])
+    return {"facts": {k: facts[k] for k in RECIPE} | {k: kind(facts[k]) for k, kind in FACTS.items() if facts[k] is not None}}
 
 
 def test_again(run, data_dir, device):
@@ -205,7 +210,7 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
         "among them.",
         "## Results", markdown([results_row(group, runs) for group in settings]),
         "Of several seeds means ± standard deviations. Seconds, images/s and memory are those of the fastest run of a "
-        "setting, however many epochs it had, times medians over its epochs.",
+        "setting on that CPU or GPU, however many epochs and threads it had, times medians over its epochs.",
         "## What the study claims", markdown(claims(runs, fits)),
         "Judged by finished runs on full MNIST without a decoder, which the study has not; of several, by that with the "
         "most epochs, 20 at most counted, then the one nearest to the study's recipe.",
@@ -264,12 +269,11 @@ def missing(records):
 
 
 def results_row(group, runs):
-    """A row on runs of one setting; times and memory are of the fastest with any number of epochs, which had the least
-    beside it."""
-    alike = [run for run in runs if compare.setting(run, "epochs") == compare.setting(group[0], "epochs")]
-    quiet = min(alike, key=lambda run: run.facts.get("seconds_per_epoch", float("inf")))
+    """A row on runs of one setting; times and memory are of the quietest among all `runs`."""
+    quiet = compare.quietest(group, runs)
     devices = list(dict.fromkeys(run.facts["device"] for run in group if "device" in run.facts))
-    devices += [f"times: {timed}" for timed in [quiet.facts.get("device")] if timed not in (None, *devices)]
+    if devices and devices != [quiet.facts["device"]]:
+        devices.append(f"times: {quiet.facts['device']}")
     first, one_parent = group[0], len({run.folder.parent for run in group}) == 1
 
     def fact(key, form, scale=1):

@@ -6,8 +6,9 @@
     python tests/bench.py maps                                            convolutions of small maps against PyTorch's
     python tests/bench.py train                                           whole steps against the straightforward pipeline
     python tests/bench.py ddp                                             one process against two, on the CPU
-    python tests/bench.py accuracy [SETTING ...] [--seeds 1 2 3]          whole trainings with several seeds, by default all that the
-                                          README has, or 'NAME=train --lr 0.002'; it goes on where it was stopped
+    python tests/bench.py accuracy [SETTING ...] [--seeds 1 2 3]          whole trainings with several seeds, of all settings of
+                                          bench_accuracy.py by default, or 'NAME=train --lr 0.002'; it goes on where it was
+                                          stopped, and --finished trains nothing
     python tests/bench.py plain [options of caps.py train]                a training with plain layers and routing
     python tests/bench.py pictures [--checkpoint F] [--count 300]         accuracy on drawn, scanned, photographed digits
     python tests/bench.py all --json F                                    ops, scale, train and ddp

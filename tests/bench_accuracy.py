@@ -1,6 +1,7 @@
 """Accuracies that hold: settings of training, each with several seeds, one run after the other."""
 import argparse
 import collections
+import functools
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from timing import machine
 
 # Of each setting the number of seeds and a command of run.sh (train, ddp N) or of bench.py (plain), without --seed and
 # --out: first what the study describes, then what its published code did, then what was chosen on held-out training
-# images, then single epochs for times, with nothing beside them, then what other comparisons take.
+# images (for AlexCapsNet; ResCapsNet's is like it), then single epochs for times, with nothing beside them, then what other comparisons take.
 SETTINGS = {
     "alexcaps": (3, "train --model alexcaps --epochs 20"),
     "alexcaps-ddp4": (3, "ddp 4 --model alexcaps --epochs 20 --amp bf16"),
@@ -41,6 +42,7 @@ SETTINGS = {
     "rescaps-epoch-ddp4": (1, "ddp 4 --model rescaps --epochs 1 --amp bf16"),
     "alexcaps-plain": (1, "plain --model alexcaps --epochs 20"),
 }
+NEEDED = {"test_accuracy": float, "epochs": int, "seconds_per_epoch": float, "dataset": str, "device": str, "torch": str}
 GIVEN_HERE = {"seed", "out", "overwrite", "resume", "device", "check"}
 
 Setting = collections.namedtuple("Setting", "name count command way processes words wanted")  # wanted: parsed words
@@ -85,24 +87,26 @@ def train_plain(words):
         return caps.main(["train", *words])
 
 
-def held(folder, setting):
+def held(folder, setting, seed):
     """What the folder of a run tells of it, the content of summary.json if all its epochs are over and of last.pt's
-    recipe else; {} of none. A run of another setting is refused."""
-    facts = {}
+    recipe else; {} of none. A run of another setting or seed is refused."""
+    facts, path = {}, folder / "summary.json"
     if (folder / "last.pt").exists():
         checkpoint = caps.read_checkpoint(folder / "last.pt")
         facts = checkpoint["config"] | {"epochs": len(checkpoint["history"])}
-    if (folder / "summary.json").exists():
+    if path.exists():
         try:
-            told = caps.LATER | json.loads((folder / "summary.json").read_text())
-        except ValueError as error:
-            raise caps.UserError(f"{folder / 'summary.json'}: damaged ({error}); remove it") from error
+            told = caps.LATER | json.loads(path.read_text())
+            told |= {key: kind(told[key]) for key, kind in NEEDED.items()}
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise caps.UserError(f"{path}: damaged ({error}); remove it") from error
         facts = facts if facts and facts["epochs"] != told["epochs"] else told
     if not facts:
         return {}
-    wanted = vars(setting.wanted) | {"world_size": setting.processes, "layers": "plain" if setting.way == "plain" else None}
+    wanted = vars(setting.wanted) | {"world_size": setting.processes, "layers": "plain" if setting.way == "plain" else None,
+                                     "seed": seed}
     # By default the data decide on two of them.
-    keys = [key for key in caps.RECIPE if key not in ("seed", "dataset", "warmup") or key in wanted["given"] - {"seed"}]
+    keys = [key for key in caps.RECIPE if key not in ("dataset", "warmup") or key in wanted["given"]]
     keys += ["world_size", "layers"] * ("test_accuracy" in facts)
     differing = [key for key in keys if facts.get(key) != wanted[key] and (key, wanted[key]) != ("dataset", "auto")]
     if differing or facts["epochs"] > wanted["epochs"]:
@@ -115,9 +119,19 @@ def finished(facts, setting):
     return "test_accuracy" in facts and facts["epochs"] == setting.wanted.epochs
 
 
+def finished_there(folder, setting, seed):
+    """`held` of a run whose epochs are all over, else {}; what cannot be read is a line on stderr."""
+    try:
+        facts = held(folder, setting, seed)
+    except caps.UserError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return {}
+    return facts if finished(facts, setting) else {}
+
+
 def trained(folder, setting, seed, device):
     """summary.json's content of a setting's run with one seed, which is begun, gone on with, or there already."""
-    facts = held(folder, setting)
+    facts = held(folder, setting, seed)
     if not finished(facts, setting):
         start = {"train": [CAPS, "train"], "plain": [BENCH, "plain"],
                  "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.processes),
@@ -127,7 +141,7 @@ def trained(folder, setting, seed, device):
                            *again], max(1, torch.get_num_threads() // setting.processes))
         if status:
             raise caps.UserError(f"{folder}: stopped with status {status}" + "; the same command goes on from there" * (status != 2))
-        facts = held(folder, setting)
+        facts = held(folder, setting, seed)
     return facts
 
 
@@ -144,28 +158,32 @@ def wait_for(words, threads):
             signal.signal(number, handler)
 
 
+def row_of(setting, found, runs):
+    """A row of the table, of {seed: summary.json's content}."""
+    sets, devices, versions = (sorted({facts[key] for facts in found.values()}) for key in ("dataset", "device", "torch"))
+    if len(sets) > 1:
+        raise caps.UserError(f"{runs / setting.name}: holds runs on {' and '.join(sets)}; add --dataset to the setting")
+    accuracies = [round(100 * facts["test_accuracy"], 6) for facts in found.values()]
+    return {"setting": setting.name, "command": setting.command, "seeds": list(found), "accuracies": accuracies, "n": len(found),
+            "mean": statistics.mean(accuracies), "deviation": statistics.stdev(accuracies) if len(found) > 1 else None,
+            "seconds_per_epoch": min(facts["seconds_per_epoch"] for facts in found.values()),
+            "dataset": sets[0], "devices": devices, "torch": versions}
+
+
 def accuracy(options):
     """Test accuracy after the last epoch of each setting: mean and standard deviation over seeds."""
-    rows = []
+    rows, get = [], finished_there if options.finished else functools.partial(trained, device=options.device)
     for each in options.settings or map(setting, SETTINGS):
-        seeds = list(dict.fromkeys(options.seeds or range(1, each.count + 1)))
-        folders = {seed: options.runs / each.name / f"seed-{seed}" for seed in seeds}
-        if options.finished:
-            seeds = [seed for seed in seeds if finished(held(folders[seed], each), each)]
-            if not seeds:
-                continue
-        found = [trained(folders[seed], each, seed, options.device) for seed in seeds]
-        sets, devices, versions = (sorted({facts[key] for facts in found}) for key in ("dataset", "device", "torch"))
-        if len(sets) > 1:
-            raise caps.UserError(f"{options.runs / each.name}: holds runs on {' and '.join(sets)}; add --dataset to the setting")
-        accuracies = [round(100 * facts["test_accuracy"], 6) for facts in found]
-        rows.append({"setting": each.name, "command": each.command, "seeds": seeds, "accuracies": accuracies, "n": len(found),
-                     "mean": statistics.mean(accuracies),
-                     "deviation": statistics.stdev(accuracies) if len(found) > 1 else None,
-                     "seconds_per_epoch": min(facts["seconds_per_epoch"] for facts in found),
-                     "dataset": sets[0], "devices": devices, "torch": versions})
+        seeds = options.seeds or range(1, each.count + 1)
+        told = {seed: get(options.runs / each.name / f"seed-{seed}", each, seed) for seed in dict.fromkeys(seeds)}
+        found = {seed: facts for seed, facts in told.items() if facts}
+        if not found:
+            continue
+        if lacking := [str(seed) for seed in told if seed not in found]:
+            print(f"bench.py: {each.name}: no finished run of seed {', '.join(lacking)}", file=sys.stderr)
+        rows.append(row_of(each, found, options.runs))
         print("{0:<24}{1:>14} % of {dataset}  n = {n}  {seconds_per_epoch:>7.1f} s an epoch, {2}  {command}".format(
-            each.name, spread(accuracies), "; ".join(devices), **rows[-1]), flush=True)
+            each.name, spread(rows[-1]["accuracies"]), "; ".join(rows[-1]["devices"]), **rows[-1]), flush=True)
     if not rows:
         raise caps.UserError(f"{options.runs}: no finished run of these settings; leave out --finished to train them")
     return {"command": "accuracy", "machine": machine(options.device), "rows": rows}

@@ -64,6 +64,13 @@ def test_records_of_runs_are_enough(tmp_path, capsys):
     (tmp_path / "alexcaps/seed-2/summary.json").rename(tmp_path / "summary.json")
     row, = bench(tmp_path, "--finished")
     assert row["seeds"] == [1, 3] and row["mean"] == pytest.approx(98.83)
+    assert "alexcaps: no finished run of seed 2" in capsys.readouterr().err
+    for damage in ("[]", "null", "{", json.dumps(told | {"test_accuracy": None}), json.dumps({"model": "alexcaps"}),
+                   json.dumps(told), json.dumps(told | {"seed": 2, "lr": 0.5})):  # told is seed 3's
+        (tmp_path / "alexcaps/seed-2/summary.json").write_text(damage)
+        assert bench(tmp_path, "--finished") == [row]
+        assert "damaged" in (err := capsys.readouterr().err) or "it differs in " in err
+    (tmp_path / "alexcaps/seed-2/summary.json").unlink()
     with pytest.raises(SystemExit):
         bench(tmp_path, "rescaps", "--finished")
     assert "no finished run of these settings" in capsys.readouterr().err and not (tmp_path / "rescaps").exists()

@@ -24,7 +24,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 @pytest.mark.parametrize("words, expected", [
     (["--epochs", "0"], ("--epochs", "'0'")), (["--lr", "nan"], ("--lr", "'nan'")), (["--batch-size", "1.5"], ("--batch-size",)),
-    (["--model", "lenet"], ("--model", "alexcaps")), (["--nonsense"], ("--nonsense",)), (["--amp", "fp16", "--device", "cpu"], ("fp16",)),
+    (["--model", "lenet"], ("--model", "alexcaps")), (["--nonsense"], ("--nonsense", "train --help")), (["--amp", "fp16", "--device", "cpu"], ("fp16",)),
+    (["pedict", "x.png"], ("pedict", "predict")), (["eval", "--epoch", "1"], ("--epoch", "eval --help")),
     (["--graph", "--device", "cpu"], ("--graph", "GPU")),
     (["eval", "--checkpoint", "none.pt"], ("none.pt",)), (["report", "none"], ("none", "last.pt")), (["report"], ("no run",)), (["--resume", "none.pt"], ("none.pt",)), (["--resume"], ("--resume",)),
     (["--dataset", "mnist5k", "--holdout", "4000"], ("--holdout", "4000")), (["--out", "/dev/null/x", "--dataset", "mnist5k"], ("--out",)),
@@ -35,6 +36,15 @@ def test_bad_input_is_one_line(tmp_path, words, expected, capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("caps: ") and all(word in lines[0] for word in expected), lines
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [["summary"], ["diagram"], ["export", "x.onnx"], ["--dataset", "mnist5k"], ["predict", "x.png"]])
+def test_a_backend_that_is_none_is_refused(tmp_path, words, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(caps, "_BACKEND", "fast")
+    assert caps.main(words) == 2 and not list(tmp_path.iterdir())
+    line, = capsys.readouterr().err.splitlines()
+    assert line == "caps: CAPS_BACKEND=fast: backend is 'fast', expected 'auto', 'native' or 'torch'"
 
 
 def test_help_and_summary(tmp_path):

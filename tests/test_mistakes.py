@@ -297,6 +297,15 @@ def test_a_full_disk_ends_several_processes_at_once(few, tmp_path):
     assert result.stderr.count("cannot be written") == 1 and "run/last.pt is whole" in result.stderr
 
 
+@pytest.mark.skipif(not SET_UP, reason="this environment was not made by run.sh")
+@pytest.mark.parametrize("count", ["two", "", "0", "08x", "99999"])
+def test_numbers_of_processes_that_are_none(count, tmp_path):
+    result = subprocess.run([str(RUN), "ddp", count, "--epochs", "1"], cwd=tmp_path, env=os.environ | {"VENV": sys.prefix},
+                            capture_output=True, text=True, timeout=300)
+    said = "0: expected at least 1 process" if count == "0" else f"'{count}': expected a number of processes, or options"
+    assert result.returncode == 2 and result.stderr == f"run.sh: ddp {said}\n"
+
+
 def test_a_broken_package_is_found_at_first(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "matplotlib.py").write_text("raise RuntimeError('numpy.dtype size changed')\n")

@@ -77,8 +77,12 @@ def test_boxes_and_json_and_what_was_seen(trained, embedded, tmp_path):
     assert blank["result"] == "blank" and blank["digits"] == [] and blank["size"] == [60, 80]
     assert one["file"] == "0.png" and one["result"] == "digit" and len(one["digits"][0]["lengths"]) == 10
     assert [digit["box"][0] // 150 for digit in two["digits"]] == [0, 1]
-    for name in ("blank", "0", "row"):
-        assert Image.open(tmp_path / f"seen/{name}.png-seen.png").size[0] > 500
+    widths = [Image.open(tmp_path / f"seen/{name}.png-seen.png").width for name in ("blank", "0", "row")]
+    assert widths == [550, 550, 825]  # a column a digit
+    result = command("predict", "--checkpoint", trained / "last.pt", "blank.png", "--explain", "routed/", cwd=tmp_path)
+    assert result.returncode == 0 and "drawn" not in result.stderr and not list((tmp_path / "routed").glob("*"))
+    result = command("predict", "--checkpoint", trained / "last.pt", "0.png", "--explain", "routed/", cwd=tmp_path)
+    assert result.returncode == 0 and "caps: --explain: drawn in routed/\n" in result.stderr
     result = command(*words[:-1], "--digits", cwd=tmp_path)
     lines = result.stdout.splitlines()
     assert result.returncode == 0 and len(lines) == 4 and lines[0] == "blank.png: blank: nothing is drawn on it"

@@ -107,7 +107,7 @@ R2 = {"both": ((0.6, 0.1), (0.5, 0.2)), "short": ((0.6, 0.1), (0.4, 0.2)), "leng
     ("AlexCapsNet reaches", [alex([0.9, 0.9, 0.9]), res([0.8, 0.89, 0.9])], HOLDS, ["epoch 1 against epoch 3"]),
     ("AlexCapsNet reaches", [alex([0.9, 0.9]), res([0.8, 0.9])], FAILS, ["epoch 1 against epoch 2"]),
     ("AlexCapsNet reaches", [alex([0.9, 0.9]), res([0.8, 0.8])], HOLDS, ["not within 2 epochs"]),
-    ("AlexCapsNet reaches", [alex([0.9, 0.9]), res([0.8])], UNKNOWN, ["not within 1 epochs"]),
+    ("AlexCapsNet reaches", [alex([0.9, 0.9]), res([0.8])], UNKNOWN, ["not within 1 epoch"]),
     ("AlexCapsNet reaches", [alex([0.8, 0.8]), res([0.8, 0.9])], FAILS, []),
     ("ROC", [alex(macro_auc=0.99), res(macro_auc=0.995)], HOLDS, ["AlexCapsNet 0.99000, ResCapsNet 0.99500"]),
     ("ROC", [alex(macro_auc=0.999), res(macro_auc=0.9899)], FAILS, []),
@@ -122,6 +122,8 @@ R2 = {"both": ((0.6, 0.1), (0.5, 0.2)), "short": ((0.6, 0.1), (0.4, 0.2)), "leng
     ("An AlexCapsNet epoch", [alex(), res(amp="bf16"), alex(seconds_per_epoch=150.0, amp="bf16")], HOLDS, ["1.50", "amp bf16"]),
     ("An AlexCapsNet epoch", [alex(seconds_per_epoch=300.0), res(), alex(accuracies=[0.9], seconds_per_epoch=90.0, device="cpu, 2 threads"),
                               res(accuracies=[0.9], seconds_per_epoch=50.0, device="cpu, 2 threads")], HOLDS, ["1.80 times"]),
+    ("An AlexCapsNet epoch", [alex(seconds_per_epoch=300.0), res(), alex(accuracies=[0.9], seconds_per_epoch=90.0),
+                              res(accuracies=[0.9], seconds_per_epoch=95.0)], FAILS, ["0.95 times"]),
     ("Several", [gpu(), gpu(seconds_per_epoch=50.0, world_size=4)], HOLDS, ["2.00 times"]),
     ("Several", [gpu(), gpu(seconds_per_epoch=80.0, world_size=4)], FAILS, ["1.25 times"]),
     ("Several", [gpu(), gpu(seconds_per_epoch=50.0, world_size=4, amp="bf16")], UNKNOWN, ["not the same device and amp"]),
@@ -193,6 +195,8 @@ def test_seeds_of_a_setting_are_one_row_and_titles_tell_settings_apart(tmp_path)
     assert [row[key] for key in ("test accuracy", "seconds an epoch", "peak memory a process", "device")] == [
         "97.14 ± 0.15 %", "50", "32 MiB", "cpu, 1 threads; times: cpu, 2 threads"]
     assert report.results_row(runs[4:6], runs)["seconds an epoch"] == "91"  # of another setting
+    runs += read_runs(hand_made(tmp_path / "gpu", accuracies=[0.9], seconds_per_epoch=2.0, device="NVIDIA H100"))
+    assert report.results_row(runs[:3], runs)["seconds an epoch"] == "50" and report.results_row(runs[-1:], runs)["seconds an epoch"] == "2"
 
 
 def test_pictures_of_many_settings_show_those_nearest_to_the_studys(tmp_path):
@@ -260,10 +264,14 @@ def test_damaged_run_folders_are_read_as_far_as_they_go(trained, tmp_path):
     run = damaged("no model", last="not a checkpoint")
     assert run.model is None and "last.pt is damaged" in run.missing[0] and run.facts == whole.facts
     for number, change in enumerate(({"test_accuracy": "high"}, {"model": "lenet"}, {"confusion": [[1], [1, 2]]}, {"lr": None},
-                                      {"traits": {"classes": ["0"], "image": [1, 28, 28]}}, {"traits": None, "dataset": "of an earlier day"})):
+                                      {"traits": {"classes": ["0"], "image": [1, 28, 28]}}, {"traits": None, "dataset": "of an earlier day"},
+                                      {"traits": {}})):
         facts = {k: v for k, v in (whole.facts | change).items() if v is not None}
         run = damaged(f"summary {number}", summary=json.dumps(facts))
         assert "summary.json is damaged" in run.missing[0] and "world_size" not in run.facts
+    for key in ("epochs", "device", "world_size", "seed", "amp"):
+        run = damaged(f"null {key}", summary=json.dumps(whole.facts | {key: None}))
+        assert f"summary.json is damaged: {key}: null" in run.missing[0] and "world_size" not in run.facts
     assert damaged("header", metrics=",".join(caps.COLUMNS)).rows == whole.rows
     assert "damaged" in damaged("half", summary='{"model": "alex').missing[0]
     header = (trained / "metrics.csv").read_text().splitlines()[:2]
