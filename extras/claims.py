@@ -7,7 +7,7 @@ A judge returns whether a claim holds, None where that is not measured, and what
 import numpy as np
 
 from caps import MODELS
-from caps.extras.compare import groups, p_value, quietest, spread
+from caps.extras.compare import groups, p_value, spread
 
 # What the study's published notebooks and scripts do otherwise than its text: (network, with several processes), its
 # accuracy, and the options that are others.
@@ -105,17 +105,21 @@ def reference(runs, model, several):
 
 
 def timed(runs, kinds):
-    """Two runs on full MNIST, each of a (model, several processes): the quietest of the setting nearest to the study's among
-    those of one device and amp, of several such two the fastest; where there are none, of any, or in words what lacks."""
-    ways = {}
-    for run in (run for run in runs if run.full):
-        ways.setdefault((run.facts["device"], run.facts["amp"]), []).append(run)
+    """Two runs on full MNIST, each of a (model, several processes): with any number of epochs the fastest of those nearest
+    to the study's, of one device and amp, of several such two the fastest; where there are none, of any, or in words what
+    lacks."""
+    def seconds(*runs):
+        return sum(run.facts["seconds_per_epoch"] for run in runs)
 
     def two(alike):
-        found = [reference(alike, *kind) for kind in kinds]
-        return [group if isinstance(group, str) else quietest(group, alike) for group in found]
+        found = [[run for run in alike if is_of(run, *kind)] for kind in kinds]
+        return [min(each, key=lambda run: (len(run.departures), seconds(run))) if each else reference([], *kind)
+                for each, kind in zip(found, kinds)]
+    full, ways = [run for run in runs if run.full], {}
+    for run in full:
+        ways.setdefault((run.facts["device"], run.facts["amp"]), []).append(run)
     pairs = (pair for pair in map(two, ways.values()) if not any(isinstance(run, str) for run in pair))
-    return min(pairs, key=lambda pair: sum(run.facts["seconds_per_epoch"] for run in pair), default=two(runs))
+    return min(pairs, key=lambda pair: seconds(*pair), default=two(full))
 
 
 def mean(values):
