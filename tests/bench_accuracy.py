@@ -22,7 +22,8 @@ from timing import machine
 
 # Of each setting the number of seeds and a command of run.sh (train, ddp N) or of bench.py (plain), without --seed and
 # --out: first what the study describes, then what its published code did, then what was chosen on held-out training
-# images (for AlexCapsNet; ResCapsNet's is like it), then single epochs for times, with nothing beside them, then what other comparisons take.
+# images (for AlexCapsNet; ResCapsNet's is like it), then single epochs for times, with nothing beside them, then what
+# other comparisons take.
 SETTINGS = {
     "alexcaps": (3, "train --model alexcaps --epochs 20"),
     "alexcaps-ddp4": (3, "ddp 4 --model alexcaps --epochs 20 --amp bf16"),
