@@ -55,7 +55,7 @@ def run(args):
     if not files:
         raise UserError(f"{' '.join(args.images)}: no files there; name images, a folder or a glob")
     draw = drawer(args, model, traits, files) if args.show or args.explain else lambda *seen: None
-    results = []
+    results, seen = [], 0  # figures in all pictures
     with progress("predict", total=len(files)) as bar:
         for chunk in (files[start:start + CHUNK] for start in range(0, len(files), CHUNK)):
             pictures = [read(path, args.invert, traits, bar) for path in chunk]
@@ -65,11 +65,12 @@ def run(args):
                     results.append(None)
                     continue
                 result = judge(picture, list(itertools.islice(found, len(picture.figures))), traits, usual)
+                seen += len(result["digits"])
                 results.append({"file": str(path), **named(result, traits)})
                 if not args.json:
                     bar.write("\n".join(lines(path, result, args.digits, traits)))
                 draw(len(results) - 1, picture, result)
-    for option, drawn in ("show", any(results)), ("explain", any(result and result["digits"] for result in results)):
+    for option, drawn in ("show", any(results)), ("explain", seen):
         if drawn and getattr(args, option):
             print(f"caps: --{option}: drawn in {pathlib.Path(getattr(args, option))}/", file=sys.stderr)
     if args.json:

@@ -79,14 +79,15 @@ def test_every_mode_goes_by_the_set(colour, tmp_path, main):
     assert facts["traits"]["classes"] == ["$b$", "red fox", "ä"] and facts["traits"]["image"] == [3, 20, 30]
     assert np.shape(facts["confusion"]) == (3, 3) and facts["test_images"] == 6
 
-    def mode(*words):
-        assert main(*words, "--checkpoint", run) == (0, "")
+    def mode(*words, told=""):
+        assert main(*words, "--checkpoint", run) == (0, told)
         return main.printed
 
     assert "colours, not the 6 training images" in mode("eval", "--out", "e")
     assert json.loads((tmp_path / "e/summary.json").read_text())["test_images"] == 15
     first = sorted((data / "test/red fox").iterdir())[0]
-    [seen] = json.loads(mode("predict", first, "--json", "--show", "--explain"))
+    [seen] = json.loads(mode("predict", first, "--json", "--show", "--explain",
+                             told="caps: --show: drawn in ./\ncaps: --explain: drawn in ./"))
     assert seen["size"] == [30, 20] and seen["result"] == "class" and set(seen["lengths"]) == set(facts["traits"]["classes"])
     assert seen["text"] == max(seen["lengths"], key=seen["lengths"].get) and len(list(tmp_path.glob("*.png"))) == 2
     assert "one image [3, 20, 30] and 3 classes" in mode("summary")
