@@ -99,9 +99,12 @@ def is_of(run, model, several):
 def reference(runs, model, several):
     """The group of runs on full MNIST, with one or several processes, that claims are judged by, of those equally near
     to the study's the one with the most seeds; where there is none, that in words."""
-    none = f"no finished run of {MODELS[model].__name__} with {'several processes' if several else '1 process'}"
     found = groups(run for run in runs if run.full and is_of(run, model, several))
-    return max(found, key=lambda group: (nearness(group[0])[:-1], len(group)), default=f"{none} on full MNIST")
+    return max(found, key=lambda group: (nearness(group[0])[:-1], len(group)), default=lacking(model, several))
+
+
+def lacking(model, several):
+    return f"no finished run of {MODELS[model].__name__} with {'several processes' if several else '1 process'} on full MNIST"
 
 
 def timed(runs, kinds):
@@ -112,9 +115,8 @@ def timed(runs, kinds):
         return sum(run.facts["seconds_per_epoch"] for run in runs)
 
     def two(alike):
-        found = [[run for run in alike if is_of(run, *kind)] for kind in kinds]
-        return [min(each, key=lambda run: (len(run.departures), seconds(run))) if each else reference([], *kind)
-                for each, kind in zip(found, kinds)]
+        return [min((run for run in alike if is_of(run, *kind)), key=lambda run: (len(run.departures), seconds(run)),
+                    default=lacking(*kind)) for kind in kinds]
     full, ways = [run for run in runs if run.full], {}
     for run in full:
         ways.setdefault((run.facts["device"], run.facts["amp"]), []).append(run)
