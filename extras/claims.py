@@ -19,6 +19,8 @@ CODE = [
      {"batch_size": 128, "accumulate": 4, "gamma": 1, "lr_scale": "none", "warmup": 0}),
 ]
 
+WEIGHTLESS = {"lr", "lr-scale", "warmup", "step-size", "gamma"}  # departures from the study's recipe that cost no time
+
 
 def claims(runs, fits):
     """Rows of the claims table; `fits` is {title of a run: {kind of features: fit_angles' result}}."""
@@ -109,19 +111,26 @@ def lacking(model, several):
 
 def timed(runs, kinds):
     """Two runs on full MNIST, each of a (model, several processes): with any number of epochs the fastest of those nearest
-    to the study's, of one device and amp, of several such two the fastest; where there are none, of any, or in words what
+    to the study's, of one device and amp, else of one amp, else of any; of several such two the fastest. In words what
     lacks."""
     def seconds(*runs):
         return sum(run.facts["seconds_per_epoch"] for run in runs)
 
+    def burdens(run):
+        return len({text.split()[0] for text in run.departures} - WEIGHTLESS)
+
     def two(alike):
-        return [min((run for run in alike if is_of(run, *kind)), key=lambda run: (len(run.departures), seconds(run)),
+        return [min((run for run in alike if is_of(run, *kind)), key=lambda run: (burdens(run), seconds(run)),
                     default=lacking(*kind)) for kind in kinds]
-    full, ways = [run for run in runs if run.full], {}
-    for run in full:
-        ways.setdefault((run.facts["device"], run.facts["amp"]), []).append(run)
-    pairs = (pair for pair in map(two, ways.values()) if not any(isinstance(run, str) for run in pair))
-    return min(pairs, key=lambda pair: seconds(*pair), default=two(full))
+    full = [run for run in runs if run.full]
+    for keys in (("device", "amp"), ("amp",)):
+        ways = {}
+        for run in full:
+            ways.setdefault(tuple(run.facts[key] for key in keys), []).append(run)
+        pairs = [pair for pair in map(two, ways.values()) if not any(isinstance(run, str) for run in pair)]
+        if pairs:
+            return min(pairs, key=lambda pair: seconds(*pair))
+    return two(full)
 
 
 def mean(values):

@@ -217,7 +217,8 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
         "The study's published code does otherwise than its text. With its options:", markdown(as_coded(runs)),
         section("## Accuracy and loss", "curves", plot_curves, {run.title: run.rows for run in drawn if run.rows},
                 "Of runs that differ in their seed alone, the pictures show those of the lowest; of more settings than "
-                f"{FEW} those nearest to the study's, with one process and with several. The table above has all."),
+                f"{FEW} those nearest to the study's, with one process and with several, and none of a single epoch. The table "
+                "above has all."),
         section("## Confusion matrices", "confusion", plot_confusion,
                 {run.title: run.facts | {"classes": run.classes} for run in drawn if "confusion" in run.facts}),
         section("## ROC, one class against the rest", "roc", plot_roc,
@@ -251,10 +252,12 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
 
 
 def in_pictures(settings):
-    """A run of each setting; of many settings one for each data set, network, and one or several processes."""
+    """A run of each setting; of many settings one for each data set, network, and one or several processes, without
+    those of a single epoch, which have no curve, if there are others."""
     runs = [group[0] for group in settings]
     if len(runs) <= FEW:
         return runs
+    runs = [run for run in runs if len(run.rows) > 1] or runs
     return list({(run.facts["dataset"], run.facts["model"], run.facts["decoder"] > 0, run.facts.get("world_size", 0) > 1): run
                  for run in sorted(runs, key=nearness)}.values())
 

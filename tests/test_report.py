@@ -127,6 +127,12 @@ R2 = {"both": ((0.6, 0.1), (0.5, 0.2)), "short": ((0.6, 0.1), (0.4, 0.2)), "leng
     ("Several", [gpu(), gpu(seconds_per_epoch=50.0, world_size=4)], HOLDS, ["2.00 times"]),
     ("Several", [gpu(), gpu(seconds_per_epoch=80.0, world_size=4)], FAILS, ["1.25 times"]),
     ("Several", [gpu(), gpu(seconds_per_epoch=50.0, world_size=4, amp="bf16")], UNKNOWN, ["not the same device and amp"]),
+    ("Several", [gpu(), gpu(accuracies=[0.9], seconds_per_epoch=50.0, world_size=4, lr_scale="sqrt", warmup=1.0),
+                 gpu(seconds_per_epoch=90.0, world_size=4)], HOLDS, ["2.00 times"]),  # a learning rate costs no time
+    ("Several", [gpu(), gpu(seconds_per_epoch=50.0, world_size=4, shift=2.0), gpu(seconds_per_epoch=80.0, world_size=4)], FAILS,
+     ["1.25 times"]),
+    ("Several", [alex(seconds_per_epoch=80.0, device="cpu, 2 threads"), alex(device="cpu, 2 threads", amp="bf16"),
+                 alex(seconds_per_epoch=90.0, world_size=2, amp="bf16")], UNKNOWN, ["1.11 times", "not the same device", "share"]),
     ("Several", [alex(), alex(seconds_per_epoch=50.0, world_size=4)], UNKNOWN, ["2.00 times", "share the cores"]),
     ("Several", [alex()], UNKNOWN, []),
     ("The loss", [alex([0.9] * 3, losses=[3.0, 2.0, 1.0])], HOLDS, ["fell in 2 of 2"]),
@@ -206,6 +212,10 @@ def test_pictures_of_many_settings_show_those_nearest_to_the_studys(tmp_path):
     drawn = report.in_pictures(report.compare.groups(runs))
     assert {int(run.folder.name) for run in drawn} == {1, 4, 5, 6}
     assert [run.folder.name for run in report.in_pictures(report.compare.groups(runs[:4]))] == ["0", "1", "3"]
+    runs += read_runs(hand_made(tmp_path / "7", **res([0.9], world_size=4)))  # a point is no curve
+    assert {int(run.folder.name) for run in report.in_pictures(report.compare.groups(runs))} == {1, 4, 5, 6}
+    short = read_runs(*(hand_made(tmp_path / f"1{number}", **alex([0.9], lr=0.001 * number)) for number in range(1, 6)))
+    assert [run.folder.name for run in report.in_pictures(report.compare.groups(short))] == ["11"]
     for number in range(5):
         runs[number].missing = ["last.pt is not there"]
     assert [len(folders) for folders in report.missing(runs[:5]).values()] == [5]
