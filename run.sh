@@ -38,12 +38,14 @@ setup() {
         "$python" -m venv $clear "$venv" && usable ||
             fail "cannot make an environment in $venv; remove it, or name another: VENV=..."
     fi
-    echo "run.sh: installing into $venv" >&2
+    echo "run.sh: installing into $venv, some minutes" >&2
+    local quiet=--quiet  # pip's progress is for a terminal, never for a mode's output
+    [ ! -t 2 ] || quiet=
     # Under its earlier name this project is another distribution, which would keep a claim on caps.py.
     ! "$venv/bin/python" -m pip show caps 2>/dev/null | grep -qxF "Editable project location: $here" ||
         "$venv/bin/python" -m pip uninstall --quiet --yes caps
     # The library is built at first use: a build here would need torch before its own installation.
-    CAPS_BUILD=0 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$here[test]" ||
+    CAPS_BUILD=0 "$venv/bin/python" -m pip install $quiet --disable-pip-version-check -e "$here[test]" >&2 ||
         fail "pip could not install the packages that setup.py lists"
     "$venv/bin/python" -c 'import caps; caps.backend()' || fail "caps.py does not start in $venv"
     cp "$here/setup.py" "$stamp"
