@@ -47,6 +47,7 @@ setup() {
     # The library is built at first use: a build here would need torch before its own installation.
     CAPS_BUILD=0 "$venv/bin/python" -m pip install $quiet --disable-pip-version-check -e "$here[test]" >&2 ||
         fail "pip could not install the packages that setup.py lists"
+    echo "run.sh: compiling the native operators, once" >&2
     "$venv/bin/python" -c 'import caps; caps.backend()' || fail "caps.py does not start in $venv"
     cp "$here/setup.py" "$stamp"
 }
