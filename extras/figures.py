@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from caps.extras.runs import write_atomically
 
@@ -42,7 +42,8 @@ def legend_below(figure, axis):
 
 
 def plot_curves(runs, path):
-    """Accuracy and loss over epochs; `runs` maps a title to its rows of metrics.csv. Training dashed, test solid."""
+    """Accuracy and loss over epochs; `runs` maps a title to its rows of metrics.csv. Training dashed, test solid. First
+    epochs may lie below the picture: they would leave no room for the others."""
     figure, axes = new_figure(10, 4, columns=2)
     for color, (title, rows) in enumerate(runs.items()):
         epochs = [row["epoch"] for row in rows]
@@ -52,7 +53,15 @@ def plot_curves(runs, path):
                 axis.plot(epochs, values, style, color=f"C{color}", marker=".", label=f"{title}, {split}")
     for axis, label in zip(axes, ("accuracy (%)", "margin loss")):
         axis.set(xlabel="epoch", ylabel=label)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter("")
+    if max(map(len, runs.values())) > 2:
+        later = [100 * row[key] for rows in runs.values() for row in rows[1:] for key in ("train_accuracy", "test_accuracy")]
+        low, high = min(later), axes[0].dataLim.y1
+        axes[0].set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.05 * (high - low) + 0.1)
     legend_below(figure, axes[0])
     write_atomically(path, figure.savefig)
 
