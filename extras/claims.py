@@ -25,19 +25,21 @@ WEIGHTLESS = {"lr", "lr-scale", "warmup", "step-size", "gamma"}  # departures fr
 def claims(runs, fits):
     """Rows of the claims table; `fits` is {title of a run: {kind of features: fit_angles' result}}."""
     every, runs = runs, [run for run in runs if not run.facts["decoder"]]  # the study's networks have none
-    judges = {(model, several): reference(runs, model, several) for model in MODELS for several in (False, True)}
-    alex, res = pair = [judges[model, False] for model in MODELS]
+    kinds = [(model, several) for model in MODELS for several in (False, True)]
+    judges = {(*kind, epochs): reference(runs, *kind, epochs) for kind in kinds for epochs in (10, 20)}
+    alex, res = pair = [judges[model, False, 20] for model in MODELS]
     in_time = "1.5 times or more, same device and amp"
-    full, none = [run for run in runs if run.full], "no finished run on full MNIST"
+    nearest = [run for kind in kinds for run in judges[(*kind, 20)] if not isinstance(judges[(*kind, 20)], str)]
+    none = "no finished run on full MNIST"
     fewest_parameters = {"alexcaps": 10e6, "rescaps": 1e6}
     r2 = {title: [np.nanmean(r2) for r2, _ in fit.values()] for title, fit in fits.items()}
-    table = [(f"{MODELS[model].__name__}: {100 * value:.2f} % with {how}, {epochs} epochs", "as high by then",
-              judge_accuracy, judges[model, how != "1 process"], epochs, value)
+    table = [(f"{MODELS[model].__name__}: {100 * value:.2f} % with {how}, {epochs} epochs", "as high by then, of several seeds their mean",
+              judge_accuracy, judges[model, how != "1 process", epochs], epochs, value)
              for model, how, epochs, value in (
                  ("alexcaps", "1 process", 10, 0.9806), ("alexcaps", "several processes", 20, 0.9628),
                  ("rescaps", "1 process", 20, 0.9870), ("rescaps", "several processes", 10, 0.9786))]
     table += [
-        ("ResCapsNet ends higher", "not after longer training; over seeds by Welch's t-test at 5 %, of a single seed by two "
+        ("ResCapsNet ends higher", "not after longer training; by Welch's t-test over seeds at 5 %, where that cannot be by two "
          "standard errors", judge_higher, alex, res),
         ("AlexCapsNet reaches 90 % two to three epochs earlier", "by 2 epochs or more", judge_earlier, alex, res),
         ("ROC nearly perfect for both", "macro AUC of each at least 0.99", judge_both,
@@ -52,14 +54,13 @@ def claims(runs, fits):
          *timed(runs, [("alexcaps", False), ("rescaps", False)])),
         ("Several processes shorten AlexCapsNet's time significantly", in_time + ", which several CPU processes share",
          judge_processes, *timed(runs, [("alexcaps", False), ("alexcaps", True)])),
-        ("The loss falls smoothly", "training loss, in 9 of 10 epochs, no rise above 10 %", judge_smooth, full or none),
+        ("The loss falls smoothly", "training loss, in 9 of 10 epochs, no rise above 10 %", judge_smooth, nearest or none),
         ("No instability with 3 iterations", "losses finite, no epoch loses more than 2 points of test accuracy",
-         judge_stable, [run for run in full if run.facts["iterations"] == 3] or none),
-        *((f"Capsules preserve digit orientation{also}", "R² of the angle at least 0.5 and above the length's, both",
+         judge_stable, [run for run in nearest if run.facts["iterations"] == 3] or none),
+        *((f"Capsules preserve digit orientation{also}", "R² of the angle at least 0.5 and above the length's, both, of one seed",
            judge_both, lambda group: 0.5 <= r2[group[0].title][0] > r2[group[0].title][1],
            lambda group: "{:.2f}, from the length {:.2f}".format(*r2[group[0].title]),
-           [[run] for run in sorted(every, key=nearness)
-            if run.full and run.title in r2 and (run.facts["decoder"] > 0) == decoder])
+           [[run] for run in every if run.full and run.title in r2 and (run.facts["decoder"] > 0) == decoder])
           for decoder, also in [(False, "")] + [(True, ", the same with a decoder")] * (len(every) > len(runs)))]
     words, rows = {True: "holds", False: "**does not hold**", None: "not measured"}, []
     for says, criterion, judge, *needs in table:  # a need that is a text says what is lacking
@@ -75,7 +76,8 @@ def as_coded(runs):
     as_text = [run for run in full if not any(is_of(run, *kind) and is_coded(run, recipe) for _, kind, _, recipe in CODE)]
     for says, kind, value, recipe in CODE:
         both = reference(as_text, *kind), reference([run for run in full if is_coded(run, recipe)], *kind)
-        cells = [group if isinstance(group, str) else f"{percent(reached(group))} ({group[0].setting})" for group in both]
+        cells = ["no finished run" if isinstance(group, str) else
+                 f"{percent(reached(group))} ({', '.join([f'{len(group[0].rows)} epochs', *group[0].departures])})" for group in both]
         rows.append({"the study's code": says, "its accuracy": percent([value]), "here, nearest to its text": cells[0],
                      "here, as its code": cells[1]})
     return rows
@@ -83,14 +85,14 @@ def as_coded(runs):
 
 def is_coded(run, recipe):
     """Whether a run has the options `recipe`, and else none but the study's and such as several processes need."""
-    free = {"amp", "accumulate", "lr_scale", "warmup", *recipe}
+    free = {"amp", *recipe, *(("accumulate", "lr_scale", "warmup") if run.facts["world_size"] > 1 else ())}
     return all(run.facts[key] == value for key, value in recipe.items()) and all(
         text.split()[0].replace("-", "_") in free for text in run.departures)
 
 
-def nearness(run):
-    """Sorts the runs of a model by their likeness to the study's; accuracy has no say."""
-    return (run.facts["model"], run.full, run.facts.get("world_size") == 1, min(len(run.rows), 20), -len(run.departures),
+def nearness(run, epochs=20):
+    """Sorts the runs of a model by their likeness to the study's of so many epochs; accuracy has no say."""
+    return (run.facts["model"], run.full, run.facts.get("world_size") == 1, min(len(run.rows), epochs), -len(run.departures),
             -run.facts["seed"])
 
 
@@ -98,11 +100,11 @@ def is_of(run, model, several):
     return run.facts["model"] == model and (run.facts["world_size"] > 1) == several
 
 
-def reference(runs, model, several):
-    """The group of runs on full MNIST, with one or several processes, that claims are judged by, of those equally near
-    to the study's the one with the most seeds; where there is none, that in words."""
+def reference(runs, model, several, epochs=20):
+    """The group of runs on full MNIST, with one or several processes, that claims on so many epochs are judged by, of those
+    equally near to the study's the one with the most seeds; where there is none, that in words."""
     found = groups(run for run in runs if run.full and is_of(run, model, several))
-    return max(found, key=lambda group: (nearness(group[0])[:-1], len(group)), default=lacking(model, several))
+    return max(found, key=lambda group: (nearness(group[0], epochs)[:-1], len(group)), default=lacking(model, several))
 
 
 def lacking(model, several):
@@ -153,7 +155,8 @@ def percent(values):
 def judge_accuracy(group, epochs, value):
     count = len(group[0].rows[:epochs])
     by_then = [run.rows[count - 1]["test_accuracy"] for run in group]
-    said = f"{percent(by_then)} after {count} of {epochs} epochs ({group[0].setting})"
+    said = f"{percent(by_then)} after {count} of {epochs} epochs"
+    said += f" ({', '.join(group[0].departures)})" * bool(group[0].departures)
     return mean(by_then) >= value or (None if count < epochs else False), said
 
 
@@ -167,12 +170,14 @@ def judge_both(holds, say, groups):
 def judge_higher(alex, res):
     (a, m), (r, n) = ((reached(group), len(group[0].rows)) for group in (alex, res))
     low, high = mean(a), mean(r)
-    if min(len(a), len(r)) > 1:
+    if min(len(a), len(r)) > 1 and np.ptp(a) + np.ptp(r) > 0:
         chance = p_value(a, r)
         close, doubt = chance >= 0.05, f"p = {chance:.2g}"
-    else:
-        error = 100 * np.sqrt((low * (1 - low) + high * (1 - high)) / np.sum(alex[0].facts["confusion"]))
-        close, doubt = 100 * abs(high - low) < 2 * error, f"of single seeds, standard error of the difference {error:.2f} points"
+    else:  # of the images, and of the seeds on the side that has several: the other has as much
+        variance = (low * (1 - low) + high * (1 - high)) / np.sum(alex[0].facts["confusion"])
+        variance += sum(np.var(seeds, ddof=1) * (1 + 1 / len(seeds)) for seeds in (a, r) if len(seeds) > 1)
+        error = 100 * np.sqrt(variance)
+        close, doubt = 100 * abs(high - low) < 2 * error, f"standard error of the difference {error:.2f} points"
     unfair = n > m if high > low else n < m
     return (None if unfair or close else bool(high > low),
             f"{percent(r)} after {n} epochs against {percent(a)} after {m}; {doubt}")
@@ -200,7 +205,7 @@ def judge_time(slow, fast):
 
 def judge_processes(one, several):
     holds, said = judge_time(one, several)
-    shared = one.facts["device"].startswith("cpu")
+    shared = all(run.facts["device"].startswith("cpu") for run in (one, several))
     return None if shared else holds, said + "; the processes share the cores, this takes several GPUs" * shared
 
 

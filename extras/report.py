@@ -51,7 +51,7 @@ def run(args):
     device, out = choose_device(args.device), pathlib.Path(args.out)
     files = (file for file in pathlib.Path("runs").rglob("*") if file.name in ("last.pt", "summary.json"))
     folders = sorted(file.parent for file in files if not file.parent.name.startswith("eval-"))
-    records = [read_run(folder) for folder in dict.fromkeys(args.runs or folders)]
+    records = [read_run(folder) for folder in dict.fromkeys(map(pathlib.Path, args.runs or folders))]
     runs = [run for run in records if run.facts]
     if not runs:
         raise UserError("; ".join(f"{run.folder}: {run.missing[0]}" for run in records) or "report: no run under runs/")
@@ -119,6 +119,10 @@ def read_run(folder):
         except Exception as error:  # a damaged file leads to a dozen kinds
             damage = f"is damaged: {error}".splitlines()[0]
             run.missing.append(f"{name} {damage if (run.folder / name).exists() else 'is not there'}")
+    if run.facts and run.rows and len(run.rows) != run.facts["epochs"]:
+        run.missing.append(f"summary.json is of {run.facts['epochs']} epochs, metrics.csv of {len(run.rows)}: unfinished")
+        run.facts = {k: run.facts[k] for k in (*RECIPE, "traits", "layers") if k in run.facts} | {
+            "epochs": len(run.rows), "test_accuracy": run.rows[-1]["test_accuracy"]}
     if run.facts:
         model, count, dataset = (run.facts.get(k) for k in ("model", "world_size", "dataset"))
         traits, run.classes = run.facts["traits"], run.facts["traits"]["classes"]
@@ -138,8 +142,6 @@ def read_run(folder):
             run.facts["seconds_per_epoch"] = float(np.median([row["seconds"] for row in run.rows]))
         run.network = run.model or new_model(run.facts, traits)
         run.size = totals(layer_table(run.network))
-        if run.rows and len(run.rows) != run.facts["epochs"]:
-            run.missing.append(f"summary.json is of {run.facts['epochs']} epochs, metrics.csv of {len(run.rows)}")
     return run
 
 
@@ -210,10 +212,12 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
         "among them.",
         "## Results", markdown([results_row(group, runs) for group in settings]),
         "Of several seeds means ± standard deviations. Seconds, images/s and memory are those of the fastest run of a "
-        "setting on that CPU or GPU, however many epochs and threads it had, times medians over its epochs.",
+        "setting on a CPU, or on that GPU, however many epochs and threads it had, times medians over its epochs. One CPU "
+        "is not told from another.",
         "## What the study claims", markdown(claims(runs, fits)),
         "Judged by finished runs on full MNIST without a decoder, which the study has not; of several, by that with the "
-        "most epochs, 20 at most counted, then the one nearest to the study's recipe.",
+        "most epochs, as many as the study's counted, then the one nearest to its recipe; on time by the fastest of those "
+        "nearest to it.",
         "The study's published code does otherwise than its text. With its options:", markdown(as_coded(runs)),
         section("## Accuracy and loss", "curves", plot_curves, {run.title: run.rows for run in drawn if run.rows},
                 "Of runs that differ in their seed alone, the pictures show those of the lowest; of more settings than "
@@ -257,7 +261,7 @@ def in_pictures(settings):
     runs = [group[0] for group in settings]
     if len(runs) <= FEW:
         return runs
-    runs = [run for run in runs if len(run.rows) > 1] or runs
+    runs = [run for run in runs if run.facts["epochs"] > 1] or runs
     return list({(run.facts["dataset"], run.facts["model"], run.facts["decoder"] > 0, run.facts.get("world_size", 0) > 1): run
                  for run in sorted(runs, key=nearness)}.values())
 

@@ -19,6 +19,7 @@ the CPU the growth of the high-water mark of a fresh process (VmHWM, else ru_max
 """
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def main():
         command.add_argument("--seconds", type=float, default=5, help="of rounds per measurement")
         command.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
+    if options.json and not os.access(options.json.parent, os.W_OK):
+        parser.error(f"--json {options.json}: cannot be written there")
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

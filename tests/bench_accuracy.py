@@ -58,7 +58,7 @@ def setting(text):
         raise argparse.ArgumentTypeError(f"no setting {name}; there are {', '.join(SETTINGS)}, or name one: "
                                          "'NAME=train --lr 0.002'")
     processes = int(words.pop(0)) if way == "ddp" and words and words[0].isdecimal() else 2 if way == "ddp" else 1
-    if way not in ("train", "plain", "ddp") or processes < 1 or Path(name).name != name:
+    if way not in ("train", "plain", "ddp") or processes < 1 or Path(name).name != name or name in ("", ".."):
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=train, ddp N or plain, and options of caps.py train")
     try:
         with mock.patch.dict(os.environ, WORLD_SIZE=str(processes)):  # which the defaults depend on
@@ -74,7 +74,6 @@ def setting(text):
 def train_plain(words):
     """caps.py train with plain layers and routing, Adam as it comes and denormal numbers as they are."""
     def start(args, world, fast=None, start=caps.start_run):
-        faster.keep_freed_memory()  # else as the fast one
         run = start(args, world)
         fused, run.optimizer = run.optimizer, torch.optim.Adam(plain_layers(run.model).parameters(), lr=run.args.lr)
         if run.steps:
@@ -84,7 +83,8 @@ def train_plain(words):
 
     def write(folder, what, facts, *more, write=results.write_results):
         write(folder, what, facts | {"layers": "plain"}, *more)
-    with mock.patch("caps.start_run", start), mock.patch("caps.extras.results.write_results", write):
+    with mock.patch("caps.start_run", start), mock.patch(
+            "caps.extras.faster.prepare_process", faster.keep_freed_memory), mock.patch("caps.extras.results.write_results", write):
         return caps.main(["train", *words])
 
 
@@ -110,6 +110,7 @@ def held(folder, setting, seed):
     keys = [key for key in caps.RECIPE if key not in ("dataset", "warmup") or key in wanted["given"]]
     keys += ["world_size", "layers"] * ("test_accuracy" in facts)
     differing = [key for key in keys if facts.get(key) != wanted[key] and (key, wanted[key]) != ("dataset", "auto")]
+    differing += ["warmup"] * ("warmup" not in keys and facts["warmup"] < wanted["warmup"])  # data only ever raise it
     if differing or facts["epochs"] > wanted["epochs"]:
         raise caps.UserError(f"{folder}: holds a run of another setting, it differs in {', '.join(differing or ['epochs'])}; "
                              "remove it, or name another folder by --runs")
@@ -178,10 +179,11 @@ def accuracy(options):
         seeds = options.seeds or range(1, each.count + 1)
         told = {seed: get(options.runs / each.name / f"seed-{seed}", each, seed) for seed in dict.fromkeys(seeds)}
         found = {seed: facts for seed, facts in told.items() if facts}
+        lacking = [str(seed) for seed in told if seed not in found]
+        if lacking and (found or options.settings):
+            print(f"bench.py: {each.name}: no finished run of seed {', '.join(lacking)}", file=sys.stderr)
         if not found:
             continue
-        if lacking := [str(seed) for seed in told if seed not in found]:
-            print(f"bench.py: {each.name}: no finished run of seed {', '.join(lacking)}", file=sys.stderr)
         rows.append(row_of(each, found, options.runs))
         print("{0:<24}{1:>14} % of {dataset}  n = {n}  {seconds_per_epoch:>7.1f} s an epoch, {2}  {command}".format(
             each.name, spread(rows[-1]["accuracies"]), "; ".join(rows[-1]["devices"]), **rows[-1]), flush=True)

@@ -35,7 +35,7 @@ def test_settings_by_means_over_seeds_and_gone_on_with(tmp_path, capsys):
     assert bench(tmp_path, f"few=train {SMALL} --epochs 1", seeds=[1, 2]) == [row]
     assert (tmp_path / "few/seed-1/last.pt").stat().st_mtime_ns == before  # nothing was trained
     for other, why in ((f"train {SMALL} --epochs 1 --lr 0.002", "lr"), ("train --dataset mnist --batch-size 400", "dataset"),
-                       (f"plain {SMALL} --epochs 1", "layers"), (f"ddp 2 {SMALL} --epochs 1 --amp off --accumulate 1 --lr-scale none",
+                       (f"plain {SMALL} --epochs 1", "layers"), (f"train {SMALL} --epochs 1 --warmup 0", "warmup"), (f"ddp 2 {SMALL} --epochs 1 --amp off --accumulate 1 --lr-scale none",
                                                                  "world_size")):
         with pytest.raises(SystemExit) as stopped:
             bench(tmp_path, f"few={other}")
@@ -60,7 +60,9 @@ def test_records_of_runs_are_enough(tmp_path, capsys):
         (tmp_path / f"alexcaps/seed-{seed}").mkdir(parents=True)
         told = {key: value for key, value in facts.items() if key != "given"} | {"seed": seed, "test_accuracy": accuracy}
         (tmp_path / f"alexcaps/seed-{seed}/summary.json").write_text(json.dumps(told))
-    assert bench(tmp_path, "--finished") == bench(tmp_path, "alexcaps", "rescaps", "--finished") == bench(tmp_path, "alexcaps")
+    assert bench(tmp_path, "--finished") == bench(tmp_path, "alexcaps") and not capsys.readouterr().err
+    assert bench(tmp_path, "alexcaps", "rescaps", "--finished") == bench(tmp_path, "alexcaps")
+    assert "rescaps: no finished run of seed 1, 2, 3" in capsys.readouterr().err
     (tmp_path / "alexcaps/seed-2/summary.json").rename(tmp_path / "summary.json")
     row, = bench(tmp_path, "--finished")
     assert row["seeds"] == [1, 3] and row["mean"] == pytest.approx(98.83)
@@ -88,9 +90,27 @@ def test_a_plain_training_in_parts_is_that_in_whole(tmp_path):
     assert not whole["optimizer"]["param_groups"][0]["fused"]
 
 
+def test_plain_trainings_keep_denormal_numbers(monkeypatch, tmp_path):
+    seen = []
+
+    def start(args, world):
+        seen.append(torch.tensor([1e-40]).mul(1).item())
+        raise caps.UserError("enough")
+    monkeypatch.setattr(caps, "start_run", start)
+    torch.set_flush_denormal(False)
+    assert bench_accuracy.train_plain([*SMALL.split(), "--out", str(tmp_path / "run")]) == 2 and 0 < seen[0] < 1e-38
+
+
+def test_results_that_cannot_be_written_are_refused_first(tmp_path):
+    words = ["accuracy", f"few=train {SMALL}", "--runs", tmp_path / "runs", "--json", tmp_path / "nowhere/rows.json"]
+    done = subprocess.run([sys.executable, bench_accuracy.BENCH, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and "rows.json: cannot be written" in done.stderr and not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("text, words", [
     ("nothing", "there are alexcaps, "), ("y=", "expected NAME=train"), ("y=trian --epochs 1", "expected NAME=train"),
-    ("y=ddp 0", "expected NAME=train"), ("a/b=train", "expected NAME=train"), ("y=train --lr fast", "--lr"),
+    ("y=ddp 0", "expected NAME=train"), ("a/b=train", "expected NAME=train"), ("=train", "expected NAME=train"),
+    ("..=train", "expected NAME=train"), ("y=train --lr fast", "--lr"),
     ("y=train --seed 3", "leave out --seed"), ("y=train --check --out x", "leave out --check, --out")])
 def test_settings_that_are_none(text, words):
     done = subprocess.run([sys.executable, bench_accuracy.BENCH, "accuracy", text], capture_output=True, text=True)
