@@ -33,8 +33,8 @@ def claims(runs, fits):
     none = "no finished run on full MNIST"
     fewest_parameters = {"alexcaps": 10e6, "rescaps": 1e6}
     r2 = {title: [np.nanmean(r2) for r2, _ in fit.values()] for title, fit in fits.items()}
-    table = [(f"{MODELS[model].__name__}: {100 * value:.2f} % with {how}, {epochs} epochs", "as high by then, of several seeds their mean",
-              judge_accuracy, judges[model, how != "1 process", epochs], epochs, value)
+    table = [(f"{MODELS[model].__name__}: {100 * value:.2f} % with {how}, {epochs} epochs",
+              "as high by then, of several seeds their mean", judge_accuracy, judges[model, how != "1 process", epochs], epochs, value)
              for model, how, epochs, value in (
                  ("alexcaps", "1 process", 10, 0.9806), ("alexcaps", "several processes", 20, 0.9628),
                  ("rescaps", "1 process", 20, 0.9870), ("rescaps", "several processes", 10, 0.9786))]
@@ -76,8 +76,8 @@ def as_coded(runs):
     as_text = [run for run in full if not any(is_of(run, *kind) and is_coded(run, recipe) for _, kind, _, recipe in CODE)]
     for says, kind, value, recipe in CODE:
         both = reference(as_text, *kind), reference([run for run in full if is_coded(run, recipe)], *kind)
-        cells = ["no finished run" if isinstance(group, str) else
-                 f"{percent(reached(group))} ({', '.join([f'{len(group[0].rows)} epochs', *group[0].departures])})" for group in both]
+        cells = ["no finished run" if isinstance(group, str) else percent(reached(group)) + " ({})".format(
+            ", ".join([f"{len(group[0].rows)} epochs", *group[0].departures])) for group in both]
         rows.append({"the study's code": says, "its accuracy": percent([value]), "here, nearest to its text": cells[0],
                      "here, as its code": cells[1]})
     return rows

@@ -59,8 +59,8 @@ def plot_curves(runs, path):
     axes[1].yaxis.set_major_formatter("{x:g}")
     axes[1].yaxis.set_minor_formatter("")
     if max(map(len, runs.values())) > 2:
-        later = [100 * row[key] for rows in runs.values() for row in rows[1:] or rows for key in ("train_accuracy", "test_accuracy")]
-        low, high = min(later), axes[0].dataLim.y1
+        low = min(100 * row[f"{split}_accuracy"] for rows in runs.values() for row in rows[1:] or rows for split in ("train", "test"))
+        high = axes[0].dataLim.y1
         axes[0].set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.05 * (high - low) + 0.1)
     legend_below(figure, axes[0])
     write_atomically(path, figure.savefig)

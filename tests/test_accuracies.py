@@ -35,8 +35,8 @@ def test_settings_by_means_over_seeds_and_gone_on_with(tmp_path, capsys):
     assert bench(tmp_path, f"few=train {SMALL} --epochs 1", seeds=[1, 2]) == [row]
     assert (tmp_path / "few/seed-1/last.pt").stat().st_mtime_ns == before  # nothing was trained
     for other, why in ((f"train {SMALL} --epochs 1 --lr 0.002", "lr"), ("train --dataset mnist --batch-size 400", "dataset"),
-                       (f"plain {SMALL} --epochs 1", "layers"), (f"train {SMALL} --epochs 1 --warmup 0", "warmup"), (f"ddp 2 {SMALL} --epochs 1 --amp off --accumulate 1 --lr-scale none",
-                                                                 "world_size")):
+                       (f"plain {SMALL} --epochs 1", "layers"),
+                       (f"ddp 2 {SMALL} --epochs 1 --amp off --accumulate 1 --lr-scale none --warmup 0", "world_size")):
         with pytest.raises(SystemExit) as stopped:
             bench(tmp_path, f"few={other}")
         assert stopped.value.code == 2 and f"differs in {why};" in capsys.readouterr().err
@@ -79,6 +79,21 @@ def test_records_of_runs_are_enough(tmp_path, capsys):
     (tmp_path / "summary.json").rename(tmp_path / "alexcaps/seed-2/summary.json")
     row, = bench(tmp_path, "alexcaps")
     assert row["accuracies"] == [98.7, 98.8, 98.96] and row["n"] == 3 and row["deviation"] == pytest.approx(0.1311, abs=1e-4)
+
+
+def test_a_default_that_the_data_may_raise_is_compared(tmp_path, capsys):
+    told = vars(bench_accuracy.setting("alexcaps-ddp4").wanted) | {"dataset": "mnist", "seed": 1, "world_size": 4, "device": "cpu",
+                                                                  "torch": "2.14", "seconds_per_epoch": 17.0, "test_accuracy": 0.98}
+    del told["given"]
+    folder = tmp_path / "alexcaps-ddp4/seed-1"
+    folder.mkdir(parents=True)
+    for warmup in (1.0, 2.5):
+        (folder / "summary.json").write_text(json.dumps(told | {"warmup": warmup}))
+        assert bench(tmp_path, "alexcaps-ddp4", seeds=[1])[0]["accuracies"] == [98.0]
+    (folder / "summary.json").write_text(json.dumps(told | {"warmup": 0.0}))
+    with pytest.raises(SystemExit):
+        bench(tmp_path, "alexcaps-ddp4", seeds=[1])
+    assert "differs in warmup;" in capsys.readouterr().err
 
 
 def test_a_plain_training_in_parts_is_that_in_whole(tmp_path):
