@@ -4,6 +4,8 @@ differs in the seed alone.
 A judge returns whether a claim holds, None where that is not measured, and what was measured.
 """
 
+import itertools
+
 import numpy as np
 
 from caps import MODELS
@@ -25,11 +27,10 @@ WEIGHTLESS = {"lr", "lr-scale", "warmup", "step-size", "gamma"}  # departures fr
 def claims(runs, fits):
     """Rows of the claims table; `fits` is {title of a run: {kind of features: fit_angles' result}}."""
     every, runs = runs, [run for run in runs if not run.facts["decoder"]]  # the study's networks have none
-    kinds = [(model, several) for model in MODELS for several in (False, True)]
-    judges = {(*kind, epochs): reference(runs, *kind, epochs) for kind in kinds for epochs in (10, 20)}
+    judges = {kind: reference(runs, *kind) for kind in itertools.product(MODELS, (False, True), (10, 20))}
     alex, res = pair = [judges[model, False, 20] for model in MODELS]
     in_time = "1.5 times or more, same device and amp"
-    nearest = [run for kind in kinds for run in judges[(*kind, 20)] if not isinstance(judges[(*kind, 20)], str)]
+    nearest = [run for (*_, epochs), group in judges.items() if epochs == 20 and not isinstance(group, str) for run in group]
     none = "no finished run on full MNIST"
     fewest_parameters = {"alexcaps": 10e6, "rescaps": 1e6}
     r2 = {title: [np.nanmean(r2) for r2, _ in fit.values()] for title, fit in fits.items()}
