@@ -30,10 +30,10 @@ def claims(runs, fits):
     judges = {kind: reference(runs, *kind) for kind in itertools.product(MODELS, (False, True), (10, 20))}
     alex, res = pair = [judges[model, False, 20] for model in MODELS]
     in_time = "1.5 times or more, same device and amp"
-    nearest = [run for (*_, epochs), group in judges.items() if epochs == 20 and not isinstance(group, str) for run in group]
+    studied = [run for (*_, epochs), group in judges.items() if epochs == 20 and not isinstance(group, str) for run in group]
     none = "no finished run on full MNIST"
     fewest_parameters = {"alexcaps": 10e6, "rescaps": 1e6}
-    r2 = {title: [np.nanmean(r2) for r2, _ in fit.values()] for title, fit in fits.items()}
+    r2 = {title: [np.nanmean(r2) for r2, _ in fit.values()][:2] for title, fit in fits.items()}  # the capsule's, its length's
     table = [(f"{MODELS[model].__name__}: {100 * value:.2f} % with {how}, {epochs} epochs",
               "as high by then, of several seeds their mean", judge_accuracy, judges[model, how != "1 process", epochs], epochs, value)
              for model, how, epochs, value in (
@@ -55,13 +55,13 @@ def claims(runs, fits):
          *timed(runs, [("alexcaps", False), ("rescaps", False)])),
         ("Several processes shorten AlexCapsNet's time significantly", in_time + ", which several CPU processes share",
          judge_processes, *timed(runs, [("alexcaps", False), ("alexcaps", True)])),
-        ("The loss falls smoothly", "training loss, in 9 of 10 epochs, no rise above 10 %", judge_smooth, nearest or none),
+        ("The loss falls smoothly", "training loss, in 9 of 10 epochs, no rise above 10 %", judge_smooth, studied or none),
         ("No instability with 3 iterations", "losses finite, no epoch loses more than 2 points of test accuracy",
-         judge_stable, [run for run in nearest if run.facts["iterations"] == 3] or none),
-        *((f"Capsules preserve digit orientation{also}", "R² of the angle at least 0.5 and above the length's, both, of one seed",
-           judge_both, lambda group: 0.5 <= r2[group[0].title][0] > r2[group[0].title][1],
-           lambda group: "{:.2f}, from the length {:.2f}".format(*r2[group[0].title]),
-           [[run] for run in every if run.full and run.title in r2 and (run.facts["decoder"] > 0) == decoder])
+         judge_stable, [run for run in studied if run.facts["iterations"] == 3] or none),
+        *((f"Capsules preserve digit orientation{also}", "R² of the angle at least 0.5 and above the length's, both",
+           judge_both, lambda group: 0.5 <= mean([r2[run.title][0] for run in group]) > mean([r2[run.title][1] for run in group]),
+           lambda group: "{}, from the length {}".format(*map(spread, zip(*(r2[run.title] for run in group)))),
+           groups(run for run in every if run.full and run.title in r2 and (run.facts["decoder"] > 0) == decoder))
           for decoder, also in [(False, "")] + [(True, ", the same with a decoder")] * (len(every) > len(runs)))]
     words, rows = {True: "holds", False: "**does not hold**", None: "not measured"}, []
     for says, criterion, judge, *needs in table:  # a need that is a text says what is lacking
@@ -102,10 +102,15 @@ def is_of(run, model, several):
 
 
 def reference(runs, model, several, epochs=20):
-    """The group of runs on full MNIST, with one or several processes, that claims on so many epochs are judged by, of those
-    equally near to the study's the one with the most seeds; where there is none, that in words."""
+    """The group of runs on full MNIST, with one or several processes, that claims on so many epochs are judged by; where
+    there is none, that in words."""
     found = groups(run for run in runs if run.full and is_of(run, model, several))
-    return max(found, key=lambda group: (nearness(group[0], epochs)[:-1], len(group)), default=lacking(model, several))
+    return nearest(found, epochs) if found else lacking(model, several)
+
+
+def nearest(found, epochs=20):
+    """Of groups that nearest to the study's; of equal ones that with the most seeds."""
+    return max(found, key=lambda group: (nearness(group[0], epochs)[:-1], len(group)))
 
 
 def lacking(model, several):

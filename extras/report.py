@@ -17,7 +17,7 @@ import torch
 from caps import (COLUMNS, EVALUATION_BATCH, LATER, MODELS, RECIPE, UserError, World, class_scores, file_name,
                   load_model, measure, new_model, number, parse, progress, read_checkpoint, set_title)
 from caps.extras import compare
-from caps.extras.claims import as_coded, claims, nearness
+from caps.extras.claims import as_coded, claims, nearest, nearness
 from caps.extras.datasets import earlier_traits, load_data_for
 from caps.extras.diagram import plot_diagram
 from caps.extras.faster import keep_freed_memory
@@ -67,23 +67,29 @@ def run(args):
         except UserError as error:
             run.missing.append(f"not tested, so without ROC, orientation and robustness: {error}")
     able = [run for run in runs if run.title in tested]
-    nearest = {(run.facts["model"], run.facts["decoder"] > 0): run.title for run in sorted(able, key=nearness)}
+    kinds = {}  # by network and decoder; the nearest setting's seeds all judge the claim on orientation, pictures show one
+    for group in compare.groups(able):
+        kinds.setdefault((group[0].facts["model"], group[0].facts["decoder"] > 0), []).append(group)
+    judging = [nearest(found) for found in kinds.values()]
+    shown = {group[0].title for group in judging}
     pairs = compare.pairs([run for run in able if run.facts.get("world_size")])  # those that are finished
     compared = {run.title for pair in pairs for kind in pair for run in kind}
-    for run in (run for run in able if run.title in compared or run.title in nearest.values()):
+    for run in (run for run in able if run.title in compared | {run.title for group in judging for run in group}):
         images, scores, labels, result = tested[run.title]
         found = orientation(run.model, images, labels, run.facts["amp"])
         if np.bincount(found[2], minlength=1).max() > 5:
             turned[run.title] = found
         else:
             run.missing.append("orientation: fewer than 6 images of each class are recognised")
-        few = (each[::int(np.ceil(len(images) / args.images))] for each in (images, scores, labels))
-        distorted[run.title] = robustness(run.model, *few, run.facts["amp"])
-        r2 = next(iter(found[3].values()))[0] if run.title in turned else None
-        run.knowledge = compare.knowledge(result["test_accuracy"], r2, distorted[run.title])
-    turned, distorted = ({title: found for title, found in results.items() if title in nearest.values()}
+        if run.title in compared | shown:
+            few = (each[::int(np.ceil(len(images) / args.images))] for each in (images, scores, labels))
+            distorted[run.title] = robustness(run.model, *few, run.facts["amp"])
+            r2 = next(iter(found[3].values()))[0] if run.title in turned else None
+            run.knowledge = compare.knowledge(result["test_accuracy"], r2, distorted[run.title])
+    fits = {run.title: turned[run.title][3] for group in judging for run in group if run.title in turned}
+    turned, distorted = ({title: found for title, found in results.items() if title in shown}
                          for results in (turned, distorted))
-    write_page(out, records, tested, turned, distorted, pairs, args.images)
+    write_page(out, records, tested, turned, distorted, fits, pairs, args.images)
     for record, what in ((record, what) for record in records for what in record.missing):
         print(f"caps: {record.folder}: {what}", file=sys.stderr)
     print(f"{len(runs)} run(s): {out / 'report.md'}")
@@ -186,9 +192,9 @@ def test_again(run, data_dir, device):
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-def write_page(out, records, tested, turned, distorted, pairs, images):
-    """report.md and its pictures in the folder `out`; results are by title, `images` at most were distorted, `pairs` are
-    compare's."""
+def write_page(out, records, tested, turned, distorted, fits, pairs, images):
+    """report.md and its pictures in the folder `out`; results are by title, `fits` of all seeds that judge, `images` at
+    most were distorted, `pairs` are compare's."""
     def section(title, name, plot, content, *text):
         path = out / f"{name}.png"
         path.unlink(missing_ok=True)
@@ -200,12 +206,11 @@ def write_page(out, records, tested, turned, distorted, pairs, images):
     runs = [run for run in records if run.facts]
     settings = compare.groups(runs)
     drawn = in_pictures(settings)
-    fits = {title: fits for title, (_, _, _, fits) in turned.items()}
     classes = {run.title: run.classes for run in runs}
     tables = [f"**{title}**\n\n" + markdown([
         {"angle fitted from": kind, "R²": f"**{np.nanmean(r2):.2f}**", "mean error": f"{np.nanmean(error):.1f}°"}
         | {f"R² of {name}": None if np.isnan(r2[c]) else f"{r2[c]:.2f}" for c, name in enumerate(classes[title]) if len(r2) <= ALL}
-        for kind, (r2, error) in fit.items()]) for title, fit in fits.items()]
+        for kind, (r2, error) in fit.items()]) for title, (_, _, _, fit) in turned.items()]
     networks = {run.facts["model"]: run for run in sorted(runs, key=lambda run: (not run.facts["decoder"], nearness(run)))}
     parts = [
         "# AlexCapsNet and ResCapsNet, claim by claim",
