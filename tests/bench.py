@@ -72,10 +72,12 @@ def main():
     command.set_defaults(run=everything, sizes=None)
     for name in ("scale", "all"):
         commands.choices[name].add_argument("--plot", type=Path, help="also draw the scaling into this PNG file")
+    for name in ("ops", "scale", "train", "all", "accuracy"):
+        commands.choices[name].add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("ops", "scale", "train", "all", "maps"):
+        commands.choices[name].add_argument("--seconds", type=float, default=5, help="of rounds per measurement")
     for command in commands.choices.values():
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--threads", type=int, help="of the CPU")
-        command.add_argument("--seconds", type=float, default=5, help="of rounds per measurement")
         command.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
     if options.json and not os.access(options.json.parent, os.W_OK):
