@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 
 from caps import MODELS
-from caps.extras.compare import groups, p_value, spread
+from caps.extras.compare import WEIGHTLESS, groups, p_value, spread
 
 # What the study's published notebooks and scripts do otherwise than its text: (network, with several processes), its
 # accuracy, and the options that are others.
@@ -20,8 +20,6 @@ CODE = [
     ("AlexCapsNet, several processes: 128 images each, times 4 accumulated, no decay", ("alexcaps", True), 0.9628,
      {"batch_size": 128, "accumulate": 4, "gamma": 1, "lr_scale": "none", "warmup": 0}),
 ]
-
-WEIGHTLESS = {"lr", "lr-scale", "warmup", "step-size", "gamma"}  # departures from the study's recipe that cost no time
 
 
 def claims(runs, fits):
@@ -44,7 +42,7 @@ def claims(runs, fits):
          "standard errors", judge_higher, alex, res),
         ("AlexCapsNet reaches 90 % two to three epochs earlier", "by 2 epochs or more", judge_earlier, alex, res),
         ("ROC nearly perfect for both", "macro AUC of each at least 0.99", judge_both,
-         lambda group: mean(of(group, "macro_auc")) >= 0.99, lambda group: spread(of(group, "macro_auc"), 5),
+         lambda group: mean(of(group, "macro_auc")) >= 0.99, lambda group: several_of(of(group, "macro_auc"), 5),
          [group for group in pair if not isinstance(group, str) and all("macro_auc" in run.facts for run in group)]),
         ("AlexCapsNet has tens of millions of parameters, ResCapsNet a few million",
          "10 to 100 and 1 to 10 million; the described networks have what is measured here", judge_both,
@@ -60,7 +58,8 @@ def claims(runs, fits):
          judge_stable, [run for run in studied if run.facts["iterations"] == 3] or none),
         *((f"Capsules preserve digit orientation{also}", "R² of the angle at least 0.5 and above the length's, both",
            judge_both, lambda group: 0.5 <= mean([r2[run.title][0] for run in group]) > mean([r2[run.title][1] for run in group]),
-           lambda group: "{}, from the length {}".format(*map(spread, zip(*(r2[run.title] for run in group)))),
+           lambda group: "{}, from the length {}".format(*map(several_of, zip(*(r2[run.title] for run in group))))
+           + f" ({', '.join(group[0].changes)})" * bool(group[0].changes),
            groups(run for run in every if run.full and run.title in r2 and (run.facts["decoder"] > 0) == decoder))
           for decoder, also in [(False, "")] + [(True, ", the same with a decoder")] * (len(every) > len(runs)))]
     words, rows = {True: "holds", False: "**does not hold**", None: "not measured"}, []
@@ -125,7 +124,7 @@ def timed(runs, kinds):
         return sum(run.facts["seconds_per_epoch"] for run in runs)
 
     def burdens(run):
-        return len({text.split()[0] for text in run.departures} - WEIGHTLESS)
+        return len({text.split()[0].replace("-", "_") for text in run.departures} - WEIGHTLESS)
 
     def two(alike):
         return [min((run for run in alike if is_of(run, *kind)), key=lambda run: (burdens(run), seconds(run)),
@@ -154,8 +153,12 @@ def of(group, fact):
     return [run.facts[fact] for run in group]
 
 
+def several_of(values, digits=2, unit=""):
+    return spread(values, digits) + unit + f", n = {len(values)}" * (len(values) > 1)
+
+
 def percent(values):
-    return f"{spread([100 * value for value in values])} %" + (f", n = {len(values)}" if len(values) > 1 else "")
+    return several_of([100 * value for value in values], unit=" %")
 
 
 def judge_accuracy(group, epochs, value):

@@ -9,6 +9,7 @@ from scipy import stats
 from caps import MODELS, RECIPE, set_title
 
 DIGITS = {"R² of the angle": 3}  # after the point; of percentages 2
+WEIGHTLESS = {"lr", "lr_scale", "warmup", "step_size", "gamma"}  # options that cost no time
 
 
 def setting(run, *but):
@@ -31,10 +32,10 @@ def groups(runs):
 
 
 def quietest(group, runs):
-    """The fastest run of a group's setting on its CPU or GPU, with any number of epochs: whatever else a machine does makes
-    runs slower."""
+    """The fastest run of a group's setting on its CPU or GPU, with any number of epochs and any learning rate: whatever else
+    a machine does makes runs slower."""
     def way(run):
-        return setting(run, "epochs"), run.facts.get("device", "").split(",")[0]
+        return setting(run, "epochs", *WEIGHTLESS), run.facts.get("device", "").split(",")[0]
     alike = [*group, *(run for run in runs if run.rows and way(run) == way(group[0]))]
     return min(alike, key=lambda run: run.facts.get("seconds_per_epoch", float("inf")))
 

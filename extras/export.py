@@ -18,7 +18,7 @@ from caps import (EVALUATION_BATCH, PARTS, STATE, UserError, World, class_scores
                   to_float)
 from caps.extras.datasets import load_data_for
 from caps.extras.machine import choose_device
-from caps.extras.runs import check_writable, write_atomically, write_checkpoint
+from caps.extras.runs import check_writable, tell_network, write_atomically, write_checkpoint
 
 
 def options(add):
@@ -56,6 +56,7 @@ def run(args):
     packages = [] if small else [package(name, "export", "-e '.[onnx]'") for name in ("onnxruntime", "onnx", "onnxscript")]
     check_writable(out.parent, "FILE")
     choose_device("cpu")  # refuses a CAPS_BACKEND that is none, or not to be had
+    tell_network(args)
     checkpoint = read_checkpoint(args.checkpoint)
     what = "test images"
     try:

@@ -22,7 +22,7 @@ from caps.extras.decoding import distances
 from caps.extras.images import read_image
 from caps.extras.machine import choose_device
 from caps.extras.reading import Figure, Picture, read_picture, resized
-from caps.extras.runs import check_writable
+from caps.extras.runs import check_writable, tell_network
 
 CHUNK = 256    # files read before the network sees them together
 LENGTH = 0.86  # of digits: a longest capsule below it, or not so much longer than the second, is doubted: the limits that
@@ -48,6 +48,7 @@ def options(add):
 def run(args):
     """What each image file shows; status 1 if one could not be read."""
     device = choose_device(args.device)
+    tell_network(args)
     checkpoint = read_checkpoint(args.checkpoint)
     model, traits = load_model(checkpoint, device).eval(), checkpoint["traits"]
     usual = usual_of(checkpoint)

@@ -145,6 +145,8 @@ def read_run(folder):
         epochs = run.facts["epochs"]
         run.changes = [f"{epochs} epoch{'s' * (epochs > 1)}"] * (epochs != study["epochs"])
         run.changes += [text for text in run.departures if text.split()[0] != "dataset" and text != "decoder 0.0005"]
+        if (count or 1) > 1:  # which have other defaults than the study: these are named even where they are the study's
+            run.changes += [f"{k.replace('_', '-')} {run.facts[k]}" for k in ("lr_scale", "warmup") if run.facts[k] == study[k]]
         run.setting = run.title
         if run.rows:
             run.facts["seconds_per_epoch"] = float(np.median([row["seconds"] for row in run.rows]))
@@ -219,8 +221,8 @@ def write_page(out, records, tested, turned, distorted, fits, pairs, images):
         "among them.",
         "## Results", markdown([results_row(group, runs) for group in settings]),
         "Of several seeds means ± standard deviations. Seconds, images/s and memory are those of the fastest run of a "
-        "setting on a CPU, or on that GPU, however many epochs and threads it had, times medians over its epochs. One CPU "
-        "is not told from another.",
+        "setting on a CPU, or on that GPU, whatever epochs, threads and learning rate it had, times medians over its epochs. "
+        "One CPU is not told from another.",
         "## What the study claims", markdown(claims(runs, fits)),
         "Judged by finished runs on full MNIST without a decoder, which the study has not; of several, by that with the "
         "most epochs, as many as the study's counted, then the one nearest to its recipe; on time by the fastest of those "
@@ -244,8 +246,9 @@ def write_page(out, records, tested, turned, distorted, fits, pairs, images):
                 "rest, its answers cut to ±30°. Guessing 0° has an R² of 0 and a mean error of 15°. Two of these "
                 "rules, recognised images only and the cut, were added after a first fit on test images of AlexCapsNet "
                 "without them, in which a few misread digits outweighed all others; the whole test set, in place of "
-                "2,000 of its images, came later still; the criterion is older than all three. The picture shows "
-                "the capsule dimensions that vary most with the angle.", *tables),
+                "2,000 of its images, came later still; the criterion is older than all three. The claim is judged by the "
+                "means over all seeds of a setting whose networks are there; picture and tables are of the lowest. The "
+                "picture shows the capsule dimensions that vary most with the angle.", *tables),
         section("## Robustness", "robustness", plot_robustness, distorted,
                 f"{images:,} test images at most, evenly over the test set, rotated or shifted sideways, every other "
                 "one to the other side, or with Gaussian noise and cut to [0, 1]."),

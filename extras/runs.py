@@ -5,6 +5,7 @@ import csv
 import itertools
 import os
 import pathlib
+import sys
 import tempfile
 
 import torch
@@ -24,7 +25,14 @@ JOB = os.environ.get("CAPS_JOB", "") + os.environ.get("TORCHELASTIC_RUN_ID", "")
 def folder_of(checkpoint):
     """Where a checkpoint's evaluations go: beside it; of a network that comes along below runs/."""
     path = pathlib.Path(checkpoint)
-    return pathlib.Path("runs", "networks", path.stem) if path in NETWORKS.values() else path.parent
+    along = path.resolve() in [network.resolve() for network in NETWORKS.values()]
+    return pathlib.Path("runs", "networks", path.stem) if along else path.parent
+
+
+def tell_network(args):
+    """Name on stderr the network that comes along, where no --checkpoint was given."""
+    if "checkpoint" not in args.given:
+        print(f"caps: network {pathlib.Path(args.checkpoint).stem}, which comes along; --checkpoint names another", file=sys.stderr)
 
 
 def find_resume(args):

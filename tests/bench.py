@@ -76,13 +76,16 @@ def main():
         commands.choices[name].add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name in ("ops", "scale", "train", "all", "maps"):
         commands.choices[name].add_argument("--seconds", type=float, default=5, help="of rounds per measurement")
-    for command in commands.choices.values():
-        command.add_argument("--threads", type=int, help="of the CPU")
+    for name, command in commands.choices.items():
+        if name != "ddp":  # which has two in all
+            command.add_argument("--threads", type=int, help="of the CPU")
         command.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
-    if options.json and not os.access(options.json.parent, os.W_OK):
-        parser.error(f"--json {options.json}: cannot be written there")
-    if options.threads:
+    if options.json:
+        place = options.json if options.json.exists() else options.json.parent
+        if options.json.is_dir() or not os.access(place, os.W_OK):
+            parser.error(f"--json {options.json}: cannot be written there")
+    if vars(options).get("threads"):
         torch.set_num_threads(options.threads)
     try:
         result = options.run(options)

@@ -3,6 +3,7 @@ import argparse
 import collections
 import functools
 import json
+import math
 import os
 import signal
 import statistics
@@ -95,26 +96,33 @@ def held(folder, setting, seed):
     if (folder / "last.pt").exists():
         checkpoint = caps.read_checkpoint(folder / "last.pt")
         facts = checkpoint["config"] | {"epochs": len(checkpoint["history"])}
+        if (folder / "begun.json").exists():
+            facts |= json.loads((folder / "begun.json").read_text())
     if path.exists():
         try:
             told = caps.LATER | json.loads(path.read_text())
-            told |= {key: kind(told[key]) for key, kind in NEEDED.items()}
+            told |= {key: kind(told[key]) for key, kind in NEEDED.items()} | {"warmup": float(told["warmup"])}
+            if not math.isfinite(told["test_accuracy"]):
+                raise ValueError("no accuracy")
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise caps.UserError(f"{path}: damaged ({error}); remove it") from error
         facts = facts if facts and facts["epochs"] != told["epochs"] else told
     if not facts:
         return {}
-    wanted = vars(setting.wanted) | {"world_size": setting.processes, "layers": "plain" if setting.way == "plain" else None,
-                                     "seed": seed}
-    # By default the data decide on two of them.
-    keys = [key for key in caps.RECIPE if key not in ("dataset", "warmup") or key in wanted["given"]]
-    keys += ["world_size", "layers"] * ("test_accuracy" in facts)
+    wanted = vars(setting.wanted) | way_of(setting) | {"seed": seed}
+    # By default the data decide on two of them, the device on another.
+    keys = [key for key in caps.RECIPE if key not in ("dataset", "warmup", "amp") or key in wanted["given"]]
+    keys += ["world_size", "layers"] * ("world_size" in facts)  # of earlier versions' unfinished runs this is not known
     differing = [key for key in keys if facts.get(key) != wanted[key] and (key, wanted[key]) != ("dataset", "auto")]
     differing += ["warmup"] * ("warmup" not in keys and facts["warmup"] < wanted["warmup"])  # data only ever raise it
     if differing or facts["epochs"] > wanted["epochs"]:
         raise caps.UserError(f"{folder}: holds a run of another setting, it differs in {', '.join(differing or ['epochs'])}; "
                              "remove it, or name another folder by --runs")
     return facts
+
+
+def way_of(setting):
+    return {"world_size": setting.processes, "layers": "plain" if setting.way == "plain" else None}
 
 
 def finished(facts, setting):
@@ -138,18 +146,29 @@ def trained(folder, setting, seed, device):
         start = {"train": [CAPS, "train"], "plain": [BENCH, "plain"],
                  "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.processes),
                          CAPS, "train"]}[setting.way]
-        again = ["--resume"] if facts else []
-        status = wait_for([sys.executable, *start, *setting.words, "--device", device, "--seed", str(seed), "--out", str(folder),
-                           *again], max(1, torch.get_num_threads() // setting.processes))
+        words = [*setting.words, "--epochs", str(setting.wanted.epochs), "--device", device, "--seed", str(seed), "--out",
+                 str(folder), *["--resume"] * bool(facts)]
+        threads = max(1, torch.get_num_threads() // setting.processes)
+        if setting.way == "ddp":  # a mistake is refused once, without torchrun's account of it
+            status = wait_for([sys.executable, CAPS, "train", *words, "--check"], threads, LOCAL_WORLD_SIZE=str(setting.processes))
+            if status:
+                raise caps.UserError(f"{folder}: nothing was trained, status {status}")
+        if not facts:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "begun.json").write_text(json.dumps(way_of(setting)))  # a checkpoint does not tell
+        status = wait_for([sys.executable, *start, *words], threads)
         if status:
-            raise caps.UserError(f"{folder}: stopped with status {status}" + "; the same command goes on from there" * (status != 2))
+            kept = "; the same command goes on from there" * (status != 2 and (folder / "last.pt").exists())
+            raise caps.UserError(f"{folder}: stopped with status {status}{kept}")
         facts = held(folder, setting, seed)
+        if not finished(facts, setting):
+            raise caps.UserError(f"{folder}: not finished, though the training ended well")
     return facts
 
 
-def wait_for(words, threads):
+def wait_for(words, threads, **variables):
     """The exit status of a process, which is passed SIGINT and SIGTERM and then has the time to save."""
-    process = subprocess.Popen(words, start_new_session=True, env=os.environ | {
+    process = subprocess.Popen(words, start_new_session=True, env=os.environ | variables | {
         "OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})  # the latter as run.sh has it
     before = {number: signal.signal(number, lambda number, frame: process.send_signal(number))
               for number in (signal.SIGINT, signal.SIGTERM)}
@@ -189,4 +208,4 @@ def accuracy(options):
             each.name, spread(rows[-1]["accuracies"]), "; ".join(rows[-1]["devices"]), **rows[-1]), flush=True)
     if not rows:
         raise caps.UserError(f"{options.runs}: no finished run of these settings; leave out --finished to train them")
-    return {"command": "accuracy", "machine": machine(options.device), "rows": rows}
+    return {"command": "accuracy", "rows": rows} | ({} if options.finished else {"machine": machine(options.device)})

@@ -50,6 +50,29 @@ def test_settings_by_means_over_seeds_and_gone_on_with(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench(tmp_path, f"few=train {SMALL} --epochs 1")
     assert "differs in epochs;" in capsys.readouterr().err
+    (tmp_path / "few/seed-1/summary.json").unlink()
+    with pytest.raises(SystemExit):  # half of it would be of the other kind
+        bench(tmp_path, f"few=plain {SMALL} --epochs 3")
+    assert "differs in layers;" in capsys.readouterr().err
+
+
+def test_a_command_without_epochs_goes_on_to_all_of_them(tmp_path, monkeypatch):
+    bench(tmp_path, f"few=train {SMALL} --epochs 1")
+    asked = []
+    monkeypatch.setattr(bench_accuracy, "wait_for", lambda words, threads: asked.append(words) or 0)
+    with pytest.raises(SystemExit) as stopped:  # as if that training had trained nothing
+        bench(tmp_path, f"few=train {SMALL}")
+    assert stopped.value.code == 2 and caps.parse(asked[0][2:]).epochs == 20
+
+
+def test_several_processes(tmp_path, capfd):
+    row, = bench(tmp_path, f"few=ddp 2 {SMALL} --epochs 1")
+    facts = json.loads((tmp_path / "few/seed-1/summary.json").read_text())
+    assert facts["world_size"] == 2 and facts["accumulate"] == 4 and row["accuracies"] == [round(100 * facts["test_accuracy"], 6)]
+    with pytest.raises(SystemExit):
+        bench(tmp_path, "bad=ddp 2 --dataset fashion --data-dir /nowhere --epochs 1")
+    err = capfd.readouterr().err
+    assert "fashion: " in err and "nothing was trained" in err and "goes on" not in err and "Traceback" not in err
 
 
 def test_records_of_runs_are_enough(tmp_path, capsys):
@@ -68,6 +91,8 @@ def test_records_of_runs_are_enough(tmp_path, capsys):
     assert row["seeds"] == [1, 3] and row["mean"] == pytest.approx(98.83)
     assert "alexcaps: no finished run of seed 2" in capsys.readouterr().err
     for damage in ("[]", "null", "{", json.dumps(told | {"test_accuracy": None}), json.dumps({"model": "alexcaps"}),
+                   json.dumps(told | {"test_accuracy": float("nan")}), json.dumps(told | {"warmup": None}),
+                   json.dumps({key: value for key, value in told.items() if key != "amp"}),
                    json.dumps(told), json.dumps(told | {"seed": 2, "lr": 0.5})):  # told is seed 3's
         (tmp_path / "alexcaps/seed-2/summary.json").write_text(damage)
         assert bench(tmp_path, "--finished") == [row]
@@ -120,6 +145,9 @@ def test_results_that_cannot_be_written_are_refused_first(tmp_path):
     words = ["accuracy", f"few=train {SMALL}", "--runs", tmp_path / "runs", "--json", tmp_path / "nowhere/rows.json"]
     done = subprocess.run([sys.executable, bench_accuracy.BENCH, *words], capture_output=True, text=True)
     assert done.returncode == 2 and "rows.json: cannot be written" in done.stderr and not (tmp_path / "runs").exists()
+    words[-1] = tmp_path
+    done = subprocess.run([sys.executable, bench_accuracy.BENCH, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot be written" in done.stderr and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("text, words", [

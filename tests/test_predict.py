@@ -17,13 +17,15 @@ def test_networks_that_come_along(embedded, tmp_path):
         Image.fromarray(255 - image.numpy()).resize((200, 200)).save(tmp_path / f"{len(list(tmp_path.iterdir()))}-{label}.png")
     for name, path in runs.NETWORKS.items():
         assert 4e6 < path.stat().st_size < 5.5e6
-        assert command("eval", "--checkpoint", name, "--dataset", "mnist5k", "--out", f"e/{name}", cwd=tmp_path).returncode == 0
+        done = command("eval", "--checkpoint", name, "--dataset", "mnist5k", "--out", f"e/{name}", cwd=tmp_path)
+        assert done.returncode == 0 and "images are among MNIST's for training" in done.stdout, done.stderr
         facts = json.loads((tmp_path / f"e/{name}/summary.json").read_text())
         assert facts["model"] == name and facts["holdout"] == 0 and facts["test_accuracy"] > 0.985
     result = command("predict", "*.png", Path(CAPS).parent / "docs/postcode.jpg", cwd=tmp_path)
     *lines, postcode = result.stdout.splitlines()
     assert result.returncode == 0 and len(lines) == 10 and "postcode.jpg: 83156 " in postcode, result.stderr
     assert all(line.split(".png: ")[1][0] == line.split("-")[1][0] for line in lines)
+    assert "network alexcaps, which comes along" in result.stderr
 
 
 def test_predict(trained, embedded, tmp_path):

@@ -167,7 +167,7 @@ R2 = {"both": ((0.6, 0.1), (0.5, 0.2)), "short": ((0.6, 0.1), (0.4, 0.2)), "leng
     ("Capsules", [alex(), R2["both"]], UNKNOWN, ["no ResCapsNet"]),
     ("Capsules", [alex(), R2["short"][::-1]], FAILS, ["no ResCapsNet"]),
     ("Capsules", [alex(), res()], UNKNOWN, []),
-    ("Capsules", [alex(), alex(seed=2), res(), ((0.6, 0.1), (0.42, 0.2), (0.5, 0.1))], HOLDS, ["0.51 ± 0.13", "0.15 ± 0.07"]),
+    ("Capsules", [alex(), alex(seed=2), res(), ((0.6, 0.1), (0.42, 0.2), (0.5, 0.1))], HOLDS, ["0.51 ± 0.13, n = 2", "0.15 ± 0.07"]),
     ("Capsules", [alex(), alex(seed=2), res(), ((0.6, 0.1), (0.38, 0.2), (0.5, 0.1))], FAILS, ["0.49 ± 0.16"]),
     ("Capsules", [alex(), res(), alex(decoder=5e-4), R2["both"]], HOLDS, ["0.60", "0.50"]),
     (DECODED, [alex(decoder=5e-4), res(decoder=5e-4), R2["both"]], HOLDS, ["0.60", "0.50"]),
@@ -221,8 +221,10 @@ def test_seeds_of_a_setting_are_one_row_and_titles_tell_settings_apart(tmp_path)
     assert [row[key] for key in ("test accuracy", "seconds an epoch", "peak memory a process", "device")] == [
         "97.14 ± 0.15 %", "50", "32 MiB", "cpu, 1 threads; times: cpu, 2 threads"]
     assert report.results_row(runs[4:6], runs)["seconds an epoch"] == "91"  # of another setting
+    runs += read_runs(hand_made(tmp_path / "rate", accuracies=[0.9], seconds_per_epoch=40.0, lr=0.002))  # which takes no time
+    assert report.results_row(runs[:3], runs)["seconds an epoch"] == "40"
     runs += read_runs(hand_made(tmp_path / "gpu", accuracies=[0.9], seconds_per_epoch=2.0, device="NVIDIA H100"))
-    assert report.results_row(runs[:3], runs)["seconds an epoch"] == "50" and report.results_row(runs[-1:], runs)["seconds an epoch"] == "2"
+    assert report.results_row(runs[:3], runs)["seconds an epoch"] == "40" and report.results_row(runs[-1:], runs)["seconds an epoch"] == "2"
 
 
 def test_pictures_of_many_settings_show_those_nearest_to_the_studys(tmp_path):
@@ -232,6 +234,8 @@ def test_pictures_of_many_settings_show_those_nearest_to_the_studys(tmp_path):
     drawn = report.in_pictures(report.compare.groups(runs))
     assert {int(run.folder.name) for run in drawn} == {1, 4, 5, 6}
     assert [run.folder.name for run in report.in_pictures(report.compare.groups(runs[:4]))] == ["0", "1", "3"]
+    report.give_titles(runs)
+    assert runs[3].title == "AlexCapsNet, 4 processes, 2 epochs, accumulate 4, lr-scale none, warmup 0.0"
     runs += read_runs(hand_made(tmp_path / "7", **res([0.9], world_size=4)))  # a point is no curve
     assert {int(run.folder.name) for run in report.in_pictures(report.compare.groups(runs))} == {1, 4, 5, 6}
     short = read_runs(*(hand_made(tmp_path / f"1{number}", **alex([0.9], lr=0.001 * number)) for number in range(1, 6)))
@@ -313,20 +317,25 @@ def test_damaged_run_folders_are_read_as_far_as_they_go(trained, tmp_path):
 def test_report(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, tmp_path / "runs" / "whole")
+    shutil.copytree(trained, tmp_path / "runs" / "seed-2")
+    checkpoint = torch.load(trained / "last.pt", weights_only=True)
+    checkpoint["config"]["seed"] = 2
+    torch.save(checkpoint, tmp_path / "runs/seed-2/last.pt")
+    facts = json.loads((trained / "summary.json").read_text())
+    results.write_json(tmp_path / "runs/seed-2/summary.json", facts | {"seed": 2})
     hand_made(tmp_path / "runs" / "text", "rescaps", [0.9, 0.9812])
     (tmp_path / "runs" / "damaged").mkdir()
     (tmp_path / "runs" / "damaged" / "last.pt").write_text("no checkpoint")
     shown = {"orientation": [], "class_scores": []}
-    # All images are rotated for the fit, and none is evaluated twice.
+    # All images are rotated for the fit, for each seed of the setting; none is evaluated twice, nor distorted for two seeds.
     for module, name in (report, "orientation"), (report, "class_scores"), (probes, "class_scores"):
         monkeypatch.setattr(module, name, lambda model, x, *more, f=getattr(module, name), n=shown[name]: n.append(
             len(x)) or f(model, x, *more))
     assert caps.main(["report", "--images", "60"]) == 0
-    assert shown["orientation"] == [1000] and shown["class_scores"] == [1000] + 17 * [59]
+    assert shown["orientation"] == 2 * [1000] and shown["class_scores"] == 2 * [1000] + 17 * [59]
     said = capsys.readouterr().err
     page = (tmp_path / "report/report.md").read_text()
-    accuracy = json.loads((trained / "summary.json").read_text())["test_accuracy"]
-    assert f"| {100 * accuracy:.2f} % |" in page and "| 98.12 % |" in page and "16 numbers of the winning capsule" in page
+    assert f"| {100 * facts['test_accuracy']:.2f} ± 0.00 % |" in page and "| 98.12 % |" in page and "16 numbers of the winning capsule" in page
     for line in ("`runs/damaged`: last.pt is damaged", "`runs/text`: last.pt is not there"):
         assert line in page and line.replace("`", "") in said
     assert page.count("\n![") == 7 and "Not drawn" not in page
