@@ -49,7 +49,7 @@ def options(add):
 
 def run(args):
     """report.md and its pictures from finished runs; what cannot be read is named there and on stderr."""
-    keep_freed_memory()  # 25 runs on two cores took 3:14 minutes, 23 without it 5:30
+    keep_freed_memory()  # a third less time
     device, out = choose_device(args.device), pathlib.Path(args.out)
     files = (file for file in pathlib.Path("runs").rglob("*") if file.name in ("last.pt", "summary.json"))
     folders = sorted(file.parent for file in files if not file.parent.name.startswith("eval-"))
