@@ -38,7 +38,9 @@ def new_figure(width, height, columns=1, rows=1, **grid):
 
 def legend_below(figure, axis):
     """The legend of all axes, outside of them, so that long titles hide nothing."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    handles, labels = axis.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels)) < 70 else 1  # of characters, in a figure of 10 inches
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def plot_curves(runs, path):
