@@ -111,7 +111,7 @@ def plot_roc(results, path):
                 axis.plot(false_positive, true_positive, label=f"{name}: AUC {auc:.5f}", **style)
         for axis in (whole, corner):
             axis.set(xlabel="false positive rate", ylabel="true positive rate")
-        whole.set_title(f"{title}\neach class against the rest")
+        whole.set_title(f"{textwrap.fill(title, 48)}\neach class against the rest")
         corner.set(xlim=(-0.001, 0.05), ylim=(low, 1.003 + 0.03 * (0.9 - low)), title="the upper left corner")
         if whole.lines:
             whole.legend(fontsize=8, loc="lower right")
