@@ -107,9 +107,9 @@ def load_data_for(checkpoint, dataset=None, data_dir=None, holdout=0):
                             "it may have been trained on; put images that were not into test/, those that were into train/")
         data = dataclasses.replace(data, note="", test_images=torch.cat([data.train_images, data.test_images]),
                                    test_labels=torch.cat([data.train_labels, data.test_labels]))  # all of another set
-    if (config["dataset"], dataset) == ("mnist", EMBEDDED):
-        data = dataclasses.replace(data, note=f"{EMBEDDED}: all of its images are among MNIST's for training, which this network "
-                                              "was trained on")
+    if (config["dataset"], data.name) == ("mnist", EMBEDDED):  # by its name, or for want of MNIST
+        data = dataclasses.replace(data, note=f"{data.note or EMBEDDED}; all of its images are among MNIST's for training, "
+                                              "which this network was trained on")
     return dataclasses.replace(data, traits=traits)
 
 

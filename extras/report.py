@@ -74,7 +74,8 @@ def run(args):
     shown = {group[0].title for group in judging}
     pairs = compare.pairs([run for run in able if run.facts.get("world_size")])  # those that are finished
     compared = {run.title for pair in pairs for kind in pair for run in kind}
-    for run in (run for run in able if run.title in compared | {run.title for group in judging for run in group}):
+    judges = {run.title for group in judging for run in group}
+    for run in (run for run in able if run.title in compared | judges):
         images, scores, labels, result = tested[run.title]
         found = orientation(run.model, images, labels, run.facts["amp"])
         if np.bincount(found[2], minlength=1).max() > 5:
@@ -86,7 +87,7 @@ def run(args):
             distorted[run.title] = robustness(run.model, *few, run.facts["amp"])
             r2 = next(iter(found[3].values()))[0] if run.title in turned else None
             run.knowledge = compare.knowledge(result["test_accuracy"], r2, distorted[run.title])
-    fits = {run.title: turned[run.title][3] for group in judging for run in group if run.title in turned}
+    fits = {title: found[3] for title, found in turned.items() if title in judges}
     turned, distorted = ({title: found for title, found in results.items() if title in shown}
                          for results in (turned, distorted))
     write_page(out, records, tested, turned, distorted, fits, pairs, args.images)

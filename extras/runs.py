@@ -17,7 +17,7 @@ DECODED_FILES = "reconstructions.png", "dimensions.png"  # of a network with a d
 RUN_FILES = ("last.pt", "metrics.csv", "summary.json", "curves.png", "confusion.png", "roc.png", "misclassified.png",
              *DECODED_FILES)
 # Trained networks that come along (docs/measurements.md tells how they were made): --checkpoint takes their names.
-NETWORKS = {name: pathlib.Path(__file__).with_name("networks") / f"{name}.pt" for name in MODELS}
+NETWORKS = {name: pathlib.Path(__file__).resolve().with_name("networks") / f"{name}.pt" for name in MODELS}
 # One name for all processes and restarts of a job; torchrun's own is unique with --standalone alone.
 JOB = os.environ.get("CAPS_JOB", "") + os.environ.get("TORCHELASTIC_RUN_ID", "")
 
@@ -25,8 +25,7 @@ JOB = os.environ.get("CAPS_JOB", "") + os.environ.get("TORCHELASTIC_RUN_ID", "")
 def folder_of(checkpoint):
     """Where a checkpoint's evaluations go: beside it; of a network that comes along below runs/."""
     path = pathlib.Path(checkpoint)
-    along = path.resolve() in [network.resolve() for network in NETWORKS.values()]
-    return pathlib.Path("runs", "networks", path.stem) if along else path.parent
+    return pathlib.Path("runs", "networks", path.stem) if path.resolve() in NETWORKS.values() else path.parent
 
 
 def tell_network(args):

@@ -55,7 +55,8 @@ def main():
     command.set_defaults(run=train)
     command = commands.add_parser("ddp", help="one process against two, on the CPU")
     command.add_argument("--process", choices=list(caps.MODELS), help=argparse.SUPPRESS)
-    command.set_defaults(run=lambda options: ddp_process(options.process) if options.process else ddp(options))
+    command.set_defaults(run=lambda options: ddp_process(options.process) if options.process else ddp(options),
+                         threads=None)  # two in all
     command = commands.add_parser("accuracy", help="whole trainings of several settings and seeds")
     command.add_argument("settings", nargs="*", type=setting, metavar="SETTING",
                          help=f"{', '.join(SETTINGS)}, or 'NAME=command'")
@@ -76,16 +77,16 @@ def main():
         commands.choices[name].add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name in ("ops", "scale", "train", "all", "maps"):
         commands.choices[name].add_argument("--seconds", type=float, default=5, help="of rounds per measurement")
-    for name, command in commands.choices.items():
-        if name != "ddp":  # which has two in all
-            command.add_argument("--threads", type=int, help="of the CPU")
+    for name in commands.choices.keys() - {"ddp"}:
+        commands.choices[name].add_argument("--threads", type=int, help="of the CPU")
+    for command in commands.choices.values():
         command.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
     if options.json:
         place = options.json if options.json.exists() else options.json.parent
         if options.json.is_dir() or not os.access(place, os.W_OK):
             parser.error(f"--json {options.json}: cannot be written there")
-    if vars(options).get("threads"):
+    if options.threads:
         torch.set_num_threads(options.threads)
     try:
         result = options.run(options)

@@ -47,7 +47,8 @@ SETTINGS = {
     "alexcaps-epoch-code-ddp4": (1, "ddp 4 --model alexcaps --epochs 1 --amp bf16 --batch-size 128"),
     "alexcaps-plain": (1, "plain --model alexcaps --epochs 20"),
 }
-NEEDED = {"test_accuracy": float, "epochs": int, "seconds_per_epoch": float, "dataset": str, "device": str, "torch": str}
+NEEDED = {"test_accuracy": float, "epochs": int, "seconds_per_epoch": float, "dataset": str, "device": str, "torch": str,
+          "warmup": float}
 GIVEN_HERE = {"seed", "out", "overwrite", "resume", "device", "check"}
 
 Setting = collections.namedtuple("Setting", "name count command way processes words wanted")  # wanted: parsed words
@@ -104,7 +105,7 @@ def held(folder, setting, seed):
     if path.exists():
         try:
             told = caps.LATER | json.loads(path.read_text())
-            told |= {key: kind(told[key]) for key, kind in NEEDED.items()} | {"warmup": float(told["warmup"])}
+            told |= {key: kind(told[key]) for key, kind in NEEDED.items()}
             if not math.isfinite(told["test_accuracy"]):
                 raise ValueError("no accuracy")
         except (ValueError, TypeError, KeyError, OSError) as error:
