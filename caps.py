@@ -753,8 +753,9 @@ def train(args, write=None, fast=None):
     extras/, `write` (write_results: a finished run's other files) and `fast` (the module faster); it trains without."""
     world = start_world(args.device)
     if args.check:
-        _, _, data = prepare(args)
-        print(f"caps: {data.note}\n" * bool(data.note), end="")
+        data = prepare(args)[2]
+        print("caps: {}: {:,} training images, {:,} to test, {} classes, {}×{}×{}".format(
+            data.title, len(data.train_images), len(data.test_images), len(data.traits["classes"]), *data.traits["image"]))
         backend(world.device.type)  # builds the library, so that several processes do not wait for it
         return 0
     if fast:
@@ -831,8 +832,6 @@ def start_run(args, world, fast=None):
     """A new run, or the one to go on with, on this process; `fast` as for train."""
     # Rank 0 alone decides, so that all processes have the same checkpoint, images and folder.
     args, checkpoint, data = from_rank0(world, lambda: prepare(args, world.size))
-    if data.note and world.rank == 0:
-        print(f"caps: {data.note}")
     extra("machine").warn_of_bf16(world, args.amp)
     backend(world.device.type)  # compiles the operators, if need be, before there is a folder
     torch.manual_seed(args.seed)
@@ -928,6 +927,8 @@ def prepare(args, processes=1):
     args.dataset = data.name
     runs.files_to_replace(args)
     runs.check_writable(args.out or "runs")
+    rising = f"--warmup {args.warmup:g}: the rate rises until --epochs {args.epochs} are over" * (args.warmup >= args.epochs)
+    print(*(f"caps: {note}\n" for note in (data.note, rising) if note), sep="", end="")
     return args, checkpoint, data
 
 
@@ -971,9 +972,9 @@ def read_checkpoint(path):
         with torch.device("meta"):
             new_model(config, checkpoint["traits"])
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint") from error
+        raise UserError(f"{path}: no such checkpoint; expected a run's folder or last.pt, {' or '.join(MODELS)}") from error
     except Exception as error:  # torch.load raises whatever a foreign file leads it to
-        reason = first_line(error).split(". ")[0][:120]
+        reason = "it lacks something" if isinstance(error, KeyError) else first_line(error).split(". ")[0][:120]
         raise UserError(f"{path}: not a checkpoint of caps.py, or damaged; nothing of it was run ({reason})") from error
     return checkpoint | {"path": str(path)}
 
@@ -1025,8 +1026,7 @@ def measure(scores, labels):
     loss = margin_loss(scores, labels).item()
     scores, labels = scores.cpu().numpy(), labels.cpu().numpy()
     classes = range(scores.shape[1])
-    confusion = np.bincount(labels * len(classes) + scores.argmax(1), minlength=len(classes) ** 2)
-    confusion = confusion.reshape(len(classes), -1)
+    confusion = np.bincount(labels * len(classes) + scores.argmax(1), minlength=len(classes) ** 2).reshape(len(classes), -1)
     counts = confusion.sum(1)
     auc = [metrics.roc_auc_score(labels == c, scores[:, c]) if 0 < counts[c] < len(labels) else None
            for c in classes]
@@ -1119,7 +1119,7 @@ def dataset_name(text):
         return text
     path = os.path.abspath(file_name(text))
     if not os.path.exists(path) and os.path.basename(text) == text:
-        raise argparse.ArgumentTypeError(f"expected {', '.join(names)}, a folder or an .npz file; there is no {text!r}")
+        raise argparse.ArgumentTypeError(f"expected auto, {', '.join(names)}, a folder or an .npz file; there is no {text!r}")
     return path
 
 

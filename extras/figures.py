@@ -21,6 +21,11 @@ def shown(name, most=16):
     return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
+def wrapped(title):
+    """A run's title on lines that fit an axis of five inches."""
+    return textwrap.fill(title, 48)
+
+
 def pixels(image):
     """[C, H, W] -> [H, W] or [H, W, C], as imshow has it."""
     return image.cpu().permute(1, 2, 0).squeeze(2).numpy()
@@ -50,9 +55,9 @@ def plot_curves(runs, path):
     for color, (title, rows) in enumerate(runs.items()):
         epochs = [row["epoch"] for row in rows]
         for axis, key, scale in ((axes[0], "accuracy", 100), (axes[1], "loss", 1)):
-            for split, style in (("train", "--"), ("test", "-")):
+            for split, style, fill in (("train", "o--", "white"), ("test", "o-", f"C{color}")):  # told apart by one point
                 values = [scale * row[f"{split}_{key}"] for row in rows]
-                axis.plot(epochs, values, style, color=f"C{color}", marker=".", label=f"{title}, {split}")
+                axis.plot(epochs, values, style, color=f"C{color}", ms=3, mfc=fill, label=f"{title}, {split}")
     for axis, label in zip(axes, ("accuracy (%)", "margin loss")):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -91,7 +96,7 @@ def plot_confusion(results, path):
                 axis.text(column, row, n, ha="center", va="center", fontsize=min(8, 30 * cell),
                           color="white" if share[row, column] > 0.5 else "black")
         axis.set(xlabel="predicted class", ylabel="true class",
-                 title=f"{textwrap.fill(title, 48)}\n{100 * result['test_accuracy']:.2f} % of {counts.sum():,}")
+                 title=f"{wrapped(title)}\n{100 * result['test_accuracy']:.2f} % of {counts.sum():,}")
         small = {} if len(names) <= ALL else {"fontsize": min(8, 38 * cell)}
         axis.set_yticks(range(len(names)), names, **small)
         axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, **small)
@@ -111,7 +116,7 @@ def plot_roc(results, path):
                 axis.plot(false_positive, true_positive, label=f"{name}: AUC {auc:.5f}", **style)
         for axis in (whole, corner):
             axis.set(xlabel="false positive rate", ylabel="true positive rate")
-        whole.set_title(f"{textwrap.fill(title, 48)}\neach class against the rest")
+        whole.set_title(f"{wrapped(title)}\neach class against the rest")
         corner.set(xlim=(-0.001, 0.05), ylim=(low, 1.003 + 0.03 * (0.9 - low)), title="the upper left corner")
         if whole.lines:
             whole.legend(fontsize=8, loc="lower right")

@@ -61,7 +61,8 @@ def settle_resume(args):
         return args, None
     checkpoint = read_checkpoint(args.resume)
     if lacking := {"job", "rng", "totals"} - checkpoint.keys():
-        raise UserError(f"{args.resume}: cannot be gone on with, it lacks {', '.join(sorted(lacking))}; it can be used")
+        why = f"lacks {', '.join(sorted(lacking))}" if checkpoint["optimizer"] else "holds the network alone"
+        raise UserError(f"{args.resume}: cannot be gone on with, it {why}; it can be used")
     if checkpoint["config"]["holdout"] and "format" not in checkpoint:
         raise UserError(f"{args.resume}: of an earlier version, which held out the last images; it can be used, but not "
                         "gone on with")

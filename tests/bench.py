@@ -37,10 +37,8 @@ def everything(options):
     return {"command": "all", "results": [part(options) for part in (ops, scale, train, ddp)]}
 
 
-def main():
-    if sys.argv[1:2] == ["plain"]:
-        sys.exit(train_plain(sys.argv[2:]))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse():
+    parser = caps.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser("ops", help="the operators")
     command.add_argument("--sweep", action="store_true", help="native against plain over plausible sizes")
@@ -85,10 +83,17 @@ def main():
     if options.json:
         place = options.json if options.json.exists() else options.json.parent
         if options.json.is_dir() or not os.access(place, os.W_OK):
-            parser.error(f"--json {options.json}: cannot be written there")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+            raise caps.UserError(f"--json {options.json}: cannot be written there")
+    return options
+
+
+def main():
+    if sys.argv[1:2] == ["plain"]:
+        sys.exit(train_plain(sys.argv[2:]))
     try:
+        options = parse()
+        if options.threads:
+            torch.set_num_threads(options.threads)
         result = options.run(options)
     except caps.UserError as error:
         print(f"bench.py: {error}", file=sys.stderr)

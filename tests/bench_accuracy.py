@@ -43,8 +43,10 @@ SETTINGS = {
     "rescaps-epoch": (1, "train --model rescaps --epochs 1 --amp bf16"),
     "rescaps-epoch-ddp4": (1, "ddp 4 --model rescaps --epochs 1 --amp bf16"),
     "alexcaps-epoch-best": (1, "train --model alexcaps --epochs 1 --shift 2 --ema 0.9995"),
+    "rescaps-epoch-best": (1, "train --model rescaps --epochs 1 --shift 2 --ema 0.999 --amp bf16"),
     "alexcaps-epoch-code": (1, "train --model alexcaps --epochs 1 --batch-size 128"),
     "alexcaps-epoch-code-ddp4": (1, "ddp 4 --model alexcaps --epochs 1 --amp bf16 --batch-size 128"),
+    "rescaps-epoch-code": (1, "train --model rescaps --epochs 1 --rotate 0 --amp bf16"),
     "alexcaps-plain": (1, "plain --model alexcaps --epochs 20"),
 }
 NEEDED = {"test_accuracy": float, "epochs": int, "seconds_per_epoch": float, "dataset": str, "device": str, "torch": str,

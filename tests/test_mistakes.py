@@ -165,7 +165,11 @@ def test_check_says_what_is_taken_instead(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(caps, "SHARED_OPTIONS", caps.SHARED_OPTIONS | {"--data-dir": {}})  # as without CAPS_DATA
     no_download(monkeypatch)
     assert caps.main(["--check"]) == 0
-    assert "not the full MNIST" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    said = capsys.readouterr().out
+    assert "not the full MNIST" in said and "mnist5k: 4,000 training images, 1,000 to test, 10 classes, 1×28×28" in said
+    assert "--warmup" not in said and not list(tmp_path.iterdir())
+    assert caps.main(["--check", "--epochs", "2", "--warmup", "2"]) == 0
+    assert "--warmup 2: the rate rises until --epochs 2 are over" in capsys.readouterr().out
 
 
 def test_accuracy_at_chance_is_said_once(few, main, tmp_path, monkeypatch):
@@ -505,6 +509,10 @@ def test_networks_that_come_along_have_names(main, finished, monkeypatch, tmp_pa
     monkeypatch.setitem(runs.NETWORKS, "alexcaps", tmp_path / "networks/alexcaps.pt")
     status, line = main("eval", *data)
     assert status == 2 and "networks/alexcaps.pt: no such checkpoint" in line
+    status, line = main("eval", "--checkpoint", "rescap", *data)
+    assert status == 2 and line.startswith("caps: rescap: ") and "alexcaps or rescaps" in line
+    status, line = main("--resume", "rescaps", *data)
+    assert status == 2 and "holds the network alone" in line
     shutil.copytree(finished, tmp_path / "networks")
     (tmp_path / "networks/last.pt").rename(tmp_path / "networks/alexcaps.pt")
     assert main("eval", *data)[0] == 0
