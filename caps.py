@@ -742,8 +742,7 @@ def learning_rate(args, world, epoch, progress):
     """The rate of a step that ends at `progress` in (0, 1] of `epoch`, counted from 0: `lr` times `gamma` for every
     `step_size` epochs that are over (StepLR), times the power that --lr-scale names of the images a step over 32,
     rising linearly over the first `warmup` epochs."""
-    power = {"none": 0, "sqrt": 0.5, "linear": 1}[args.lr_scale]
-    scale = (args.batch_size * args.accumulate * world.size / 32) ** power
+    scale = (args.batch_size * args.accumulate * world.size / 32) ** {"none": 0, "sqrt": 0.5, "linear": 1}[args.lr_scale]
     rise = min(1, (epoch + progress) / args.warmup) if args.warmup else 1
     return args.lr * scale * rise * args.gamma ** (epoch // args.step_size)
 
@@ -959,6 +958,7 @@ def read_checkpoint(path):
     """The dictionary in a checkpoint of this program, and its `path`; tensors and plain values, code is refused. What
     an earlier version did not write is added: `traits` and some of its `config`."""
     try:
+        extra("runs").check_sums(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a foreign pickle is reported below, in one line
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

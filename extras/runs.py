@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import zipfile
 
 import torch
 
@@ -145,6 +146,13 @@ def write_atomically(path, write):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_sums(path):
+    """A ValueError or zipfile.BadZipFile of a checkpoint that is not as it was written; torch.load does not look."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of its {damaged} does not fit")
 
 
 def write_checkpoint(path, content):

@@ -526,6 +526,17 @@ def test_a_runs_folder_stands_for_its_checkpoint(main, finished):
     assert main("--resume", finished, "--check", *data)[0] == 0
 
 
+def test_a_checkpoint_of_other_bytes_is_refused(main, finished, tmp_path):
+    """One weight's lowest bit, which torch.load takes as it comes."""
+    whole = (finished / "last.pt").read_bytes()
+    weight = caps.read_checkpoint(finished / "last.pt")["model"]["digits.weight"].numpy().tobytes()
+    place = whole.index(weight) + 1000
+    (tmp_path / "damaged.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+    assert torch.load(tmp_path / "damaged.pt")["steps"]
+    status, line = main("eval", "--checkpoint", "damaged.pt", "--data-dir", finished.parent / "data")
+    assert status == 2 and line.startswith("caps: damaged.pt: ") and "checksum" in line
+
+
 def test_two_runs_do_not_share_a_folder(finished, tmp_path, monkeypatch):
     """Another may have begun there while this one was compiled."""
     def compiled_meanwhile(*_):
