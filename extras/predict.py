@@ -25,8 +25,11 @@ from caps.extras.reading import Figure, Picture, read_picture, resized
 from caps.extras.runs import check_writable, tell_network
 
 CHUNK = 256    # files read before the network sees them together
-LENGTH = 0.86  # of digits: a longest capsule below it, or not so much longer than the second, is doubted: the limits that
-MARGIN = 0.65  # pass the fewest other things and 97 % of digits (tests/bench.py pictures, on held-out training images)
+# A figure is doubted whose longest capsule has at most that length, or is not by so much longer than the second, or that is
+# further from its reconstruction. Of digits the first two pass the fewest other things and 97 % of digits (tests/bench.py
+# pictures, on held-out training images); the last is each network's own, without a decoder infinite.
+Limits = collections.namedtuple("Limits", "length margin distance", defaults=(math.inf,))
+LIMITS = {"alexcaps": Limits(0.86, 0.65), "rescaps": Limits(0.86, 0.65)}
 PRESENT = 0.5  # of other classes: between the lengths that the margin loss wants of an absent and of a present class
 BLOT = 0.36    # the width of strokes over a figure's height: a thick felt pen has 0.27
 
@@ -51,7 +54,7 @@ def run(args):
     tell_network(args)
     checkpoint = read_checkpoint(args.checkpoint)
     model, traits = load_model(checkpoint, device).eval(), checkpoint["traits"]
-    usual = usual_of(checkpoint)
+    limits = limits_of(checkpoint)
     files = image_files(args.images)
     if not files:
         raise UserError(f"{' '.join(args.images)}: no files there; name images, a folder or a glob")
@@ -65,7 +68,7 @@ def run(args):
                 if picture is None:
                     results.append(None)
                     continue
-                result = judge(picture, list(itertools.islice(found, len(picture.figures))), traits, usual)
+                result = judge(picture, list(itertools.islice(found, len(picture.figures))), traits, limits)
                 seen += len(result["digits"])
                 results.append({"file": str(path), **named(result, traits)})
                 if not args.json:
@@ -79,10 +82,11 @@ def run(args):
     return int(None in results)
 
 
-def usual_of(checkpoint):
-    """The distance that 99 % of the training images kept from what is decoded of them, at the end of the last epoch that
-    is over; infinite without a decoder or such an epoch."""
-    return next((row.get("usual_distance", math.inf) for row in checkpoint["history"][-1:]), math.inf)
+def limits_of(checkpoint):
+    """The Limits of a network: its model's, and the distance that 99 % of the training images kept from what is decoded
+    of them, at the end of the last epoch that is over."""
+    distance = next((row.get("usual_distance", math.inf) for row in checkpoint["history"][-1:]), math.inf)
+    return LIMITS[checkpoint["config"]["model"]]._replace(distance=distance)
 
 
 def image_files(patterns):
@@ -171,36 +175,37 @@ def kind(traits):
     return "class" if not traits["framing"] else "digit" if traits["classes"] == DIGITS else "character"
 
 
-def doubts(lengths, distance, traits, usual):
-    """Why the class of these capsule lengths [J] may be wrong, or None. An image that is further from what was decoded of
-    it than is `usual` shows something else."""
+def doubts(lengths, distance, traits, limits):
+    """Why the class of these capsule lengths [J], of an image at this `distance` from what was decoded of it, may be wrong,
+    or None."""
     what, names = kind(traits), traits["classes"]
     ordered = lengths.argsort(descending=True).tolist()
     longest, second = [*lengths[ordered].tolist(), 0.0][:2]
-    limit = LENGTH if what == "digit" else PRESENT
+    limit = limits.length if what == "digit" else PRESENT
     other = "none of the classes" if what == "class" else f"no {what}"
     if longest <= limit:
         return f"perhaps {other}, no capsule is longer than {limit}"
-    if longest - second < MARGIN if what == "digit" else second > PRESENT:
+    if longest - second < limits.margin if what == "digit" else second > PRESENT:
         return f"{names[ordered[0]]} or {names[ordered[1]]}"
-    if distance > usual:
-        return f"perhaps {other}, its reconstruction differs by {distance:.1f}, those of training images by {usual:.1f} at most"
+    if distance > limits.distance:
+        return (f"perhaps {other}, its reconstruction differs by {distance:.1f}, those of training images by "
+                f"{limits.distance:.1f} at most")
     return None
 
 
-def judge(picture, found, traits, usual=math.inf):
+def judge(picture, found, traits, limits):
     """What a picture shows, by what `classify` found of its figures, as the object that --json prints but for `named`:
     `result` is "digit", "digits", "no digit" or "blank" ("character" for other characters, "class" for a picture taken
     whole), `text` the digits with / between rows, `uncertain` a reason or null."""
     what, names, digits = kind(traits), traits["classes"], []
     for figure, (score, distance) in zip(picture.figures, found):
         first = score.argmax().item()
-        doubt = "a blot, no stroke" if figure.stroke > BLOT else doubts(score, distance, traits, usual)
+        doubt = "a blot, no stroke" if figure.stroke > BLOT else doubts(score, distance, traits, limits)
         digits.append({"digit": first} if what == "digit" else {"class": names[first]})
         digits[-1] |= {"row": figure.row, "box": list(figure.box), "uncertain": doubt,
                        "lengths": [round(length, 4) for length in score.tolist()]}
-        if usual < math.inf:
-            digits[-1] |= {"distance": round(distance, 2), "usual_distance": round(usual, 2)}
+        if limits.distance < math.inf:
+            digits[-1] |= {"distance": round(distance, 2), "usual_distance": round(limits.distance, 2)}
     sure = [digit for digit in digits if not digit["uncertain"]]
     def height(digit):
         return digit["box"][3] - digit["box"][1]

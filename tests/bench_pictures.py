@@ -2,7 +2,6 @@
 import functools
 import io
 import itertools
-import math
 import multiprocessing
 import os
 
@@ -17,13 +16,13 @@ from caps.extras import datasets, predict, reading
 
 @functools.cache
 def network(checkpoint):
-    """The network of a checkpoint and its usual distance, and the images that it was not trained on: those held out, or
+    """The network of a checkpoint and the limits of its doubts, and the images that it was not trained on: those held out, or
     the test set."""
     content = caps.read_checkpoint(checkpoint)
     config = content["config"]
     data = caps.load_data(config["dataset"], os.environ.get("CAPS_DATA"), config["holdout"], config["seed"])
     model = caps.load_model(content, torch.device("cpu")).eval()
-    return model, predict.usual_of(content), data.test_images[:, 0].numpy() / np.float32(255), data.test_labels
+    return model, predict.limits_of(content), data.test_images[:, 0].numpy() / np.float32(255), data.test_labels
 
 
 def saved(image):
@@ -32,10 +31,10 @@ def saved(image):
     return file
 
 
-def judged(model, file, usual=math.inf):
+def judged(model, file, limits=predict.LIMITS["alexcaps"]):
     picture = reading.read_picture(file)
     found = list(predict.classify(model, [figure.image for figure in picture.figures]))
-    return predict.judge(picture, found, datasets.earlier_traits("mnist"), usual)
+    return predict.judge(picture, found, datasets.earlier_traits("mnist"), limits)
 
 
 MEASURES = "length", "margin", "distance"
@@ -78,11 +77,11 @@ def a_kind(name, checkpoint, count, seed=0):
     """Of `count` digits how many are right as MNIST has them ("plain"), right as pictures of a kind, wrong without a
     doubt, and doubted; and the `ends` of the right ones."""
     torch.set_num_threads(1)
-    model, usual, images, labels = network(checkpoint)
+    model, limits, images, labels = network(checkpoint)
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(len(images))[:count]
     plain = torch.stack([lengths for lengths, _ in predict.classify(model, list(images[chosen]))]).argmax(1)
-    results = [judged(model, saved(KINDS[name](images[i], generator)), usual) for i in chosen]
+    results = [judged(model, saved(KINDS[name](images[i], generator)), limits) for i in chosen]
     truth = labels[chosen]
     right = [result["text"] == str(label) for result, label in zip(results, truth.tolist())]
     doubted = [result["uncertain"] is not None or result["result"] != "digit" for result in results]
@@ -95,13 +94,13 @@ def no_kind(name, checkpoint, count, fashion, seed=0):
     """How many of `count` pictures without a digit are taken for one, or for several, without a doubt; and how many
     have a figure whose longest capsule is above 0.5."""
     torch.set_num_threads(1)
-    model, usual, images, _ = network(checkpoint)
+    model, limits, images, _ = network(checkpoint)
     generator = np.random.default_rng(seed)
     clothes = caps.load_data("fashion", fashion).test_images[:, 0].numpy() / np.float32(255) if name == "clothes" else None
     make = {"letters": letters, "upside-down digits": lambda g: grey(np.rot90(images[g.integers(len(images))], 2)),
             "noise in place of a digit": lambda g: grey(np.pad(g.random((20, 20)), 4)),
             "clothes": lambda g: grey(clothes[g.integers(len(clothes))])} | NOTHING
-    results = [judged(model, saved(make[name](generator)), usual) for _ in range(count)]
+    results = [judged(model, saved(make[name](generator)), limits) for _ in range(count)]
     longest = [max((max(digit["lengths"]) for digit in result["digits"]), default=0) for result in results]
     pairs = [ends(digit) for result in results for digit in result["digits"] if "blot" not in (digit["uncertain"] or "")]
     return {"kind": name, "ends": pairs, "above 0.5": sum(length > 0.5 for length in longest), "of": count,

@@ -238,11 +238,12 @@ def test_what_is_decoded_to_something_else_is_doubted(decoded, tmp_path, embedde
     assert found[1e3]["digits"][0]["lengths"] == found[1e-3]["digits"][0]["lengths"]
     image = torch.ones(28, 28)
     lengths = torch.tensor([0.95] + 9 * [0.05])
-    traits = checkpoint["traits"]
-    assert predict.doubts(lengths, 4.0, traits, 5.0) is None and predict.doubts(lengths, 6.0, traits, np.inf) is None
-    assert predict.doubts(lengths, 6.0, traits, 5.0) == (
+    traits, far = checkpoint["traits"], predict.LIMITS["alexcaps"]
+    near = far._replace(distance=5.0)
+    assert predict.doubts(lengths, 4.0, traits, near) is None and predict.doubts(lengths, 6.0, traits, far) is None
+    assert predict.doubts(lengths, 6.0, traits, near) == (
         "perhaps no digit, its reconstruction differs by 6.0, those of training images by 5.0 at most")
-    assert predict.doubts(lengths * 0.5, 6.0, traits, 5.0).startswith("perhaps no digit, no capsule")
+    assert predict.doubts(lengths * 0.5, 6.0, traits, near).startswith("perhaps no digit, no capsule")
     (lengths, distance), = predict.classify(load(decoded), [image.numpy()])
     made = decoding.decode(load(decoded), image[None, None])[1]
     assert distance == pytest.approx(((made - 1) ** 2).sum().item() / 28, rel=1e-4) and len(lengths) == 10

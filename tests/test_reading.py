@@ -164,12 +164,12 @@ def test_what_is_doubted(longest, second, stroke, doubt):
     scores = torch.full((10,), 0.05)
     scores[3], scores[8] = longest, second
     figure = reading.Figure((10, 10, 40, 50), np.zeros((28, 28), np.float32), stroke)
-    result = predict.judge(reading.Picture((60, 60), [figure]), [(scores, 0)], MNIST)
+    result = predict.judge(reading.Picture((60, 60), [figure]), [(scores, 0)], MNIST, predict.LIMITS["alexcaps"])
     assert result["result"] == "digit" and result["text"] == "3"
     assert result["uncertain"] is None if doubt is None else doubt in result["uncertain"]
     sure = torch.full((10,), 0.05).index_fill(0, torch.tensor(7), 0.9)
     other = reading.Figure((70, 10, 90, 50), figure.image, 0.1)
-    both = predict.judge(reading.Picture((99, 60), [figure, other]), [(scores, 0), (sure, 0)], MNIST)
+    both = predict.judge(reading.Picture((99, 60), [figure, other]), [(scores, 0), (sure, 0)], MNIST, predict.LIMITS["alexcaps"])
     assert (both["result"], both["text"]) == ("digits", "?7" if doubt else "37")
 
 
