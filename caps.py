@@ -752,9 +752,9 @@ def train(args, write=None, fast=None):
     extras/, `write` (write_results: a finished run's other files) and `fast` (the module faster); it trains without."""
     world = start_world(args.device)
     if args.check:
-        data = prepare(args)[2]
-        print("caps: {}: {:,} training images, {:,} to test, {} classes, {}×{}×{}".format(
-            data.title, len(data.train_images), len(data.test_images), len(data.traits["classes"]), *data.traits["image"]))
+        _, _, data = from_rank0(world, lambda: prepare(args, world.size))
+        if world.rank == 0:
+            print(f"caps: {data.name}: {len(data.train_images):,} images to train, {len(data.test_images):,} to test; nothing to refuse")
         backend(world.device.type)  # builds the library, so that several processes do not wait for it
         return 0
     if fast:
@@ -906,7 +906,7 @@ STATE = ("history", "position", "steps", "seconds")  # attributes of a Run that 
 
 
 def prepare(args, processes=1):
-    """Refuse all that can be refused: (args, checkpoint or None, data)."""
+    """Refuse all that can be refused, and print what is to be known: (args, checkpoint or None, data)."""
     runs = extra("runs")
     args, checkpoint = runs.settle_resume(args)
     data = load_data(args.dataset, args.data_dir, args.holdout, args.seed, args.size and (args.size, args.size),
@@ -926,7 +926,7 @@ def prepare(args, processes=1):
     args.dataset = data.name
     runs.files_to_replace(args)
     runs.check_writable(args.out or "runs")
-    rising = f"--warmup {args.warmup:g}: the rate rises until --epochs {args.epochs} are over" * (args.warmup >= args.epochs)
+    rising = f"all epochs are warm-up ({args.warmup:g}): train for more, or set --warmup" * (args.warmup >= args.epochs and not checkpoint)
     print(*(f"caps: {note}\n" for note in (data.note, rising) if note), sep="", end="")
     return args, checkpoint, data
 
@@ -957,8 +957,8 @@ def save(run):
 def read_checkpoint(path):
     """The dictionary in a checkpoint of this program, and its `path`; tensors and plain values, code is refused. What
     an earlier version did not write is added: `traits` and some of its `config`."""
+    extra("runs").check_sums(path)
     try:
-        extra("runs").check_sums(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a foreign pickle is reported below, in one line
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -974,7 +974,7 @@ def read_checkpoint(path):
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint; expected a run's folder or last.pt, {' or '.join(MODELS)}") from error
     except Exception as error:  # torch.load raises whatever a foreign file leads it to
-        reason = "it lacks something" if isinstance(error, KeyError) else first_line(error).split(". ")[0][:120]
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error).split(". ")[0][:120]
         raise UserError(f"{path}: not a checkpoint of caps.py, or damaged; nothing of it was run ({reason})") from error
     return checkpoint | {"path": str(path)}
 

@@ -41,12 +41,11 @@ def claims(runs, fits):
         ("ResCapsNet ends higher", "not after longer training; by Welch's t-test over seeds at 5 %, where that cannot be by two "
          "standard errors", judge_higher, alex, res),
         ("AlexCapsNet reaches 90 % two to three epochs earlier", "by 2 epochs or more", judge_earlier, alex, res),
-        ("ROC nearly perfect for both", "macro AUC of each at least 0.99", judge_both("with 1 process on full MNIST"),
+        ("ROC nearly perfect for both", "macro AUC of each at least 0.99", judge_both,
          lambda group: mean(of(group, "macro_auc")) >= 0.99, lambda group: several_of(of(group, "macro_auc"), 5),
          [group for group in pair if not isinstance(group, str) and all("macro_auc" in run.facts for run in group)]),
         ("AlexCapsNet has tens of millions of parameters, ResCapsNet a few million",
-         "10 to 100 and 1 to 10 million; the described networks have what is measured here",
-         judge_both("of MNIST's classes and size"),
+         "10 to 100 and 1 to 10 million; the described networks have what is measured here", judge_both,
          lambda group: 1 <= group[0].facts["parameters"] / fewest_parameters[group[0].facts["model"]] < 10,
          lambda group: f"{group[0].facts['parameters'] / 1e6:.2f} million",
          [[r] for r in runs if "parameters" in r.facts and r.facts["traits"]["framing"] == "mnist" and r.study_sized]),
@@ -58,8 +57,7 @@ def claims(runs, fits):
         ("No instability with 3 iterations", "losses finite, no epoch loses more than 2 points of test accuracy",
          judge_stable, [run for run in studied if run.facts["iterations"] == 3] or none),
         *((f"Capsules preserve digit orientation{also}", "R² of the angle at least 0.5 and above the length's, both",
-           judge_both("with its network on full MNIST"),
-           lambda group: 0.5 <= mean([r2[run.title][0] for run in group]) > mean([r2[run.title][1] for run in group]),
+           judge_both, lambda group: 0.5 <= mean([r2[run.title][0] for run in group]) > mean([r2[run.title][1] for run in group]),
            lambda group: "{}, from the length {}".format(*map(several_of, zip(*(r2[run.title] for run in group))))
            + f" ({', '.join(group[0].changes)})" * bool(group[0].changes),
            groups(run for run in every if run.full and run.title in r2 and (run.facts["decoder"] > 0) == decoder))
@@ -171,15 +169,11 @@ def judge_accuracy(group, epochs, value):
     return mean(by_then) >= value or (None if count < epochs else False), said
 
 
-def judge_both(of_which):
-    """The judge of a claim on both models by groups of runs `of_which`, in words, there may be none: a group of each can
-    refute it, only both can prove it."""
-    def judge(holds, say, groups):
-        found = {group[0].facts["model"]: group for group in groups}
-        said = [f"{net.__name__} {say(found[m])}" if m in found else f"no run of {net.__name__} {of_which}"
-                for m, net in MODELS.items()]
-        return all(map(holds, found.values())) and (len(found) == len(MODELS) or None), ", ".join(said)
-    return judge
+def judge_both(holds, say, groups):
+    """A claim on both models: a group of each can refute it, only both can prove it."""
+    found = {group[0].facts["model"]: group for group in groups}
+    said = [f"{net.__name__} {say(found[m])}" if m in found else f"no {net.__name__} that counts" for m, net in MODELS.items()]
+    return all(map(holds, found.values())) and (len(found) == len(MODELS) or None), ", ".join(said)
 
 
 def judge_higher(alex, res):

@@ -49,13 +49,13 @@ def legend_below(figure, axis):
 
 
 def plot_curves(runs, path):
-    """Accuracy and loss over epochs; `runs` maps a title to its rows of metrics.csv. Training dashed, test solid. First
-    epochs may lie below the picture: they would leave no room for the others."""
+    """Accuracy and loss over epochs; `runs` maps a title to its rows of metrics.csv. Training dashed, its points hollow, test
+    solid. First epochs may lie below the picture: they would leave no room for the others."""
     figure, axes = new_figure(10, 4, columns=2)
     for color, (title, rows) in enumerate(runs.items()):
         epochs = [row["epoch"] for row in rows]
         for axis, key, scale in ((axes[0], "accuracy", 100), (axes[1], "loss", 1)):
-            for split, style, fill in (("train", "o--", "white"), ("test", "o-", f"C{color}")):  # told apart by one point
+            for split, style, fill in (("train", "o--", "white"), ("test", "o-", f"C{color}")):  # of one epoch just a point
                 values = [scale * row[f"{split}_{key}"] for row in rows]
                 axis.plot(epochs, values, style, color=f"C{color}", ms=3, mfc=fill, label=f"{title}, {split}")
     for axis, label in zip(axes, ("accuracy (%)", "margin loss")):

@@ -25,9 +25,9 @@ from caps.extras.reading import Figure, Picture, read_picture, resized
 from caps.extras.runs import check_writable, tell_network
 
 CHUNK = 256    # files read before the network sees them together
-# A figure is doubted whose longest capsule has at most that length, or is not by so much longer than the second, or that is
-# further from its reconstruction. Of digits the first two pass the fewest other things and 97 % of digits (tests/bench.py
-# pictures, on held-out training images); the last is each network's own, without a decoder infinite.
+# A digit is doubted whose longest capsule has at most that length, or is by less than that margin longer than the second:
+# limits that pass the fewest other things and 97 % of digits (tests/bench.py pictures, on held-out training images). Anything
+# is doubted that is further than that distance from its reconstruction, which the checkpoint tells.
 Limits = collections.namedtuple("Limits", "length margin distance", defaults=(math.inf,))
 LIMITS = {"alexcaps": Limits(0.86, 0.65), "rescaps": Limits(0.86, 0.65)}
 PRESENT = 0.5  # of other classes: between the lengths that the margin loss wants of an absent and of a present class
@@ -84,7 +84,7 @@ def run(args):
 
 def limits_of(checkpoint):
     """The Limits of a network: its model's, and the distance that 99 % of the training images kept from what is decoded
-    of them, at the end of the last epoch that is over."""
+    of them, at the end of the last epoch that is over; infinite without a decoder or such an epoch."""
     distance = next((row.get("usual_distance", math.inf) for row in checkpoint["history"][-1:]), math.inf)
     return LIMITS[checkpoint["config"]["model"]]._replace(distance=distance)
 

@@ -62,7 +62,7 @@ def run(args):
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of classes without images; their places stay empty
     tested, turned, distorted = {}, {}, {}
     able = [run for run in runs if run.model]
-    print(f"caps: testing {len(able)} networks again, then turned and distorted images", file=sys.stderr)
+    print(f"caps: {len(able)} of {len(runs)} run(s) with a network, which is tested again", file=sys.stderr)
     for run in able:
         try:
             tested[run.title] = test_again(run, args.data_dir, device)
@@ -262,9 +262,9 @@ def write_page(out, records, tested, turned, distorted, fits, pairs, images):
            "number of measures after Holm, says less than 5 %."] if pairs else
           ["Not measured: there are no finished runs with and without `--decoder` of as many epochs and the same options "
            "but `--seed`."]),
-        "## Files that are missing or damaged",
+        "## What these runs lack",
         "\n".join(f"* {', '.join(folders[:3])}{f' and {len(folders) - 3} more' * (len(folders) > 3)}: {what}"
-                  for what, folders in missing(records).items()) or "None."]
+                  for what, folders in missing(records).items()) or "Nothing."]
     write_atomically(out / "report.md", lambda file: file.write_text("\n\n".join(parts) + "\n", "utf-8", "replace"))
 
 

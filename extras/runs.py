@@ -149,10 +149,12 @@ def write_atomically(path, write):
 
 
 def check_sums(path):
-    """A ValueError or zipfile.BadZipFile of a checkpoint that is not as it was written; torch.load does not look."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"the checksum of its {damaged} does not fit")
+    """A UserError where a part of a checkpoint is not as it was written, which torch.load does not look at."""
+    damaged = None
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:  # what is no zip file, torch.load judges
+        damaged = archive.testzip()
+    if damaged:
+        raise UserError(f"{path}: is damaged, {damaged} in it does not fit its checksum; take another copy of it")
 
 
 def write_checkpoint(path, content):

@@ -31,10 +31,20 @@ from bench_accuracy import SETTINGS, accuracy, setting, train_plain  # noqa: E40
 from bench_operators import ops, scale, small_maps, sweep  # noqa: E402
 from bench_pictures import pictures  # noqa: E402
 from bench_training import ddp, ddp_process, train  # noqa: E402
+from caps.extras.machine import choose_device  # noqa: E402
 
 
 def everything(options):
     return {"command": "all", "results": [part(options) for part in (ops, scale, train, ddp)]}
+
+
+def sizes(text):
+    """An argparse type: [(B, N), ...] of BxN,BxN,..."""
+    natural = caps.number(int, 1)
+    pairs = [tuple(map(natural, size.split("x"))) for size in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"expected BxN,BxN,..., got {text!r}")
+    return pairs
 
 
 def parse():
@@ -42,7 +52,7 @@ def parse():
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser("ops", help="the operators")
     command.add_argument("--sweep", action="store_true", help="native against plain over plausible sizes")
-    command.add_argument("--sizes", type=lambda text: [tuple(map(int, s.split("x"))) for s in text.split(",")],
+    command.add_argument("--sizes", type=sizes,
                          help="BxN,BxN,... in place of the listed sizes")
     command.set_defaults(run=lambda options: sweep(options) if options.sweep else ops(options))
     command = commands.add_parser("scale", help="the capsule layer against batch size and number of capsules")
@@ -58,13 +68,13 @@ def parse():
     command = commands.add_parser("accuracy", help="whole trainings of several settings and seeds")
     command.add_argument("settings", nargs="*", type=setting, metavar="SETTING",
                          help=f"{', '.join(SETTINGS)}, or 'NAME=command'")
-    command.add_argument("--seeds", nargs="+", type=int, help="in place of each setting's own number of them")
+    command.add_argument("--seeds", nargs="+", type=caps.number(int, 0, 2**40), help="in place of each setting's own number of them")
     command.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="folder of the runs' folders")
     command.add_argument("--finished", action="store_true", help="train nothing: rows of the runs that are finished there")
     command.set_defaults(run=accuracy)
     command = commands.add_parser("pictures", help="digits as people photograph, scan and draw them")
     command.add_argument("--checkpoint", type=caps.checkpoint_name, default="alexcaps")
-    command.add_argument("--count", type=int, default=300, help="pictures of each kind")
+    command.add_argument("--count", type=caps.number(int, 1), default=300, help="pictures of each kind")
     command.add_argument("--fashion", help="folder of Fashion-MNIST's IDX files, for clothes in place of digits")
     command.set_defaults(run=pictures)
     command = commands.add_parser("all", help="ops, scale, train and ddp")
@@ -72,18 +82,20 @@ def parse():
     for name in ("scale", "all"):
         commands.choices[name].add_argument("--plot", type=Path, help="also draw the scaling into this PNG file")
     for name in ("ops", "scale", "train", "all", "accuracy"):
-        commands.choices[name].add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        commands.choices[name].add_argument("--device", choices=["cpu", "cuda"],
+                                            default="cuda" if torch.cuda.is_available() else "cpu")
     for name in ("ops", "scale", "train", "all", "maps"):
-        commands.choices[name].add_argument("--seconds", type=float, default=5, help="of rounds per measurement")
+        commands.choices[name].add_argument("--seconds", type=caps.number(float, 0), default=5, help="of rounds per measurement")
     for name in commands.choices.keys() - {"ddp"}:
-        commands.choices[name].add_argument("--threads", type=int, help="of the CPU")
+        commands.choices[name].add_argument("--threads", type=caps.number(int, 1), help="of the CPU")
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
-    if options.json:
-        place = options.json if options.json.exists() else options.json.parent
-        if options.json.is_dir() or not os.access(place, os.W_OK):
-            raise caps.UserError(f"--json {options.json}: cannot be written there")
+    choose_device(getattr(options, "device", "cpu"))
+    for option in ("json", "plot"):
+        if path := getattr(options, option, None):
+            if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+                raise caps.UserError(f"--{option} {path}: cannot be written there")
     return options
 
 
@@ -95,11 +107,11 @@ def main():
         if options.threads:
             torch.set_num_threads(options.threads)
         result = options.run(options)
-    except caps.UserError as error:
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    except (caps.UserError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         sys.exit(2)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

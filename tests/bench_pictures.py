@@ -31,7 +31,7 @@ def saved(image):
     return file
 
 
-def judged(model, file, limits=predict.LIMITS["alexcaps"]):
+def judged(model, file, limits):
     picture = reading.read_picture(file)
     found = list(predict.classify(model, [figure.image for figure in picture.figures]))
     return predict.judge(picture, found, datasets.earlier_traits("mnist"), limits)

@@ -179,3 +179,17 @@ def test_a_signal_ends_the_training_that_has_saved(tmp_path):
     steps = caps.read_checkpoint(tmp_path / "long/seed-1/last.pt")["steps"]
     time.sleep(1)
     assert steps >= 10 and caps.read_checkpoint(tmp_path / "long/seed-1/last.pt")["steps"] == steps  # no one trains on
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("", "command"), ("ops --threads -1", "--threads"), ("ops --sizes 3", "BxN"), ("ops --sizes 3xa", "'a'"),
+    ("train --device tpu", "--device"), ("maps --device cpu", "--device cpu"), ("pictures --count 0", "--count"),
+    ("pictures --checkpoint nowhere", "nowhere: no such checkpoint"), ("ops --json nowhere/f.json", "--json nowhere/f.json"),
+    ("scale --plot nowhere/f.png", "--plot nowhere/f.png"), ("accuracy nothing", "no setting nothing")])
+def test_a_mistake_is_one_line(words, expected, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["bench.py", *words.split()])
+    with pytest.raises(SystemExit) as stopped:
+        bench_main()
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith("bench.py: ") and expected in err and err.count("\n") == 1

@@ -166,10 +166,10 @@ def test_check_says_what_is_taken_instead(monkeypatch, tmp_path, capsys):
     no_download(monkeypatch)
     assert caps.main(["--check"]) == 0
     said = capsys.readouterr().out
-    assert "not the full MNIST" in said and "mnist5k: 4,000 training images, 1,000 to test, 10 classes, 1×28×28" in said
-    assert "--warmup" not in said and not list(tmp_path.iterdir())
+    assert "not the full MNIST" in said and "mnist5k: 4,000 images to train, 1,000 to test" in said
+    assert "warm-up" not in said and not list(tmp_path.iterdir())
     assert caps.main(["--check", "--epochs", "2", "--warmup", "2"]) == 0
-    assert "--warmup 2: the rate rises until --epochs 2 are over" in capsys.readouterr().out
+    assert "all epochs are warm-up (2)" in capsys.readouterr().out
 
 
 def test_accuracy_at_chance_is_said_once(few, main, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import caps
 from caps.extras import datasets, predict, reading
 
 MNIST = datasets.earlier_traits("mnist")
+LIMITS = predict.LIMITS["alexcaps"]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def digits(trained, embedded):
 
 def shown(model, image):
     """The class that a picture is read as, None where it is not read as one digit."""
-    result = judged(model, saved(image))
+    result = judged(model, saved(image), LIMITS)
     return result["digits"][0]["digit"] if result["result"] == "digit" else None
 
 
@@ -52,7 +53,7 @@ def test_photographs_of_other_things_and_textures_are_doubted(digits):
     for kind in ("face", "checkerboard", "clouds of ink"):
         accepted = 0
         for _ in range(10):
-            result = judged(digits[0], saved(NOTHING[kind](generator)))
+            result = judged(digits[0], saved(NOTHING[kind](generator)), LIMITS)
             accepted += result["result"].startswith("digit") and not result["uncertain"]
         assert accepted <= 3, kind
 
@@ -134,7 +135,7 @@ def test_several_digits_are_read_in_order(digits):
     sheet = np.vstack([np.hstack(ones[:4]), np.hstack([*ones[4:], 0 * ones[0], 0 * ones[0]])])
     big = np.asarray(Image.fromarray(sheet).resize((sheet.shape[1] * 5, sheet.shape[0] * 5), Image.Resampling.BICUBIC))
     for sheet in (1 - big, big, (0.9 - 0.7 * big) * np.linspace(0.5, 1, big.shape[1])):
-        result = judged(model, saved(grey(sheet)))
+        result = judged(model, saved(grey(sheet)), LIMITS)
         text = "".join(str(labels[i]) for i in order)
         assert result["result"] == "digits" and len(result["digits"]) == 6
         assert sum(digit["digit"] == int(true) for digit, true in zip(result["digits"], text)) >= 5, result["text"]
@@ -153,7 +154,7 @@ def test_digits_in_the_boxes_of_a_form(digits):
         sheet[50:210, left + 20:left + 180] = np.asarray(Image.fromarray(images[i]).resize((160, 160)))
         sheet[30:230, left:left + 3] = sheet[30:230, left + 200:left + 203] = 1
         sheet[30:33, left:left + 203] = sheet[227:230, left:left + 203] = 1
-    result = judged(model, saved(grey(1 - sheet)))
+    result = judged(model, saved(grey(1 - sheet)), LIMITS)
     assert len(result["digits"]) == 4 and result["result"] == "digits"
 
 
@@ -164,13 +165,21 @@ def test_what_is_doubted(longest, second, stroke, doubt):
     scores = torch.full((10,), 0.05)
     scores[3], scores[8] = longest, second
     figure = reading.Figure((10, 10, 40, 50), np.zeros((28, 28), np.float32), stroke)
-    result = predict.judge(reading.Picture((60, 60), [figure]), [(scores, 0)], MNIST, predict.LIMITS["alexcaps"])
+    result = predict.judge(reading.Picture((60, 60), [figure]), [(scores, 0)], MNIST, LIMITS)
     assert result["result"] == "digit" and result["text"] == "3"
     assert result["uncertain"] is None if doubt is None else doubt in result["uncertain"]
     sure = torch.full((10,), 0.05).index_fill(0, torch.tensor(7), 0.9)
     other = reading.Figure((70, 10, 90, 50), figure.image, 0.1)
-    both = predict.judge(reading.Picture((99, 60), [figure, other]), [(scores, 0), (sure, 0)], MNIST, predict.LIMITS["alexcaps"])
+    both = predict.judge(reading.Picture((99, 60), [figure, other]), [(scores, 0), (sure, 0)], MNIST, LIMITS)
     assert (both["result"], both["text"]) == ("digits", "?7" if doubt else "37")
+
+
+def test_limits_are_the_models_and_the_checkpoints():
+    for model, limits in predict.LIMITS.items():
+        content = {"config": {"model": model}, "history": [{"usual_distance": 3.0}, {}]}
+        assert predict.limits_of(content) == limits and limits.distance == np.inf
+        content["history"].append({"usual_distance": 4.0})
+        assert predict.limits_of(content) == (*limits[:2], 4.0)
 
 
 def test_not_a_number_in_a_float_image(digits):
@@ -205,7 +214,7 @@ def test_a_long_stroke_is_no_ruled_line_and_ruled_lines_are_no_strokes():
     assert len(reading.read_picture(saved(sheet)).figures) == 1
     sheet = np.ones((300, 400), np.float32)
     sheet[40::60] = sheet[41::60] = 0.1
-    assert not reading.read_picture(saved(grey(sheet))).figures
+    assert not reading.read_picture(saved(grey(sheet)), LIMITS).figures
 
 
 @pytest.mark.parametrize("stroke", [10, 16, 20])
