@@ -51,7 +51,7 @@ def legend_below(figure, axis):
 def plot_curves(runs, path):
     """Accuracy and loss over epochs; `runs` maps a title to its rows of metrics.csv. Training dashed, its points hollow, test
     solid. First epochs may lie below the picture: they would leave no room for the others."""
-    figure, axes = new_figure(10, 4, columns=2)
+    figure, axes = new_figure(10, 3.2 + 0.4 * len(runs), columns=2)  # the legend has two lines a run, or one
     for color, (title, rows) in enumerate(runs.items()):
         epochs = [row["epoch"] for row in rows]
         for axis, key, scale in ((axes[0], "accuracy", 100), (axes[1], "loss", 1)):
