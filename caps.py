@@ -926,7 +926,7 @@ def prepare(args, processes=1):
     args.dataset = data.name
     runs.files_to_replace(args)
     runs.check_writable(args.out or "runs")
-    rising = f"all epochs are warm-up ({args.warmup:g}): train for more, or set --warmup" * (args.warmup >= args.epochs and not checkpoint)
+    rising = f"all epochs are warm-up ({args.warmup:g}): train for more, or set --warmup" * (args.warmup >= args.epochs)
     print(*(f"caps: {note}\n" for note in (data.note, rising) if note), sep="", end="")
     return args, checkpoint, data
 

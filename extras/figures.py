@@ -23,7 +23,8 @@ def shown(name, most=16):
 
 def wrapped(title):
     """A run's title on lines that fit an axis of five inches, broken between its options."""
-    return textwrap.fill(", ".join(part.replace(" ", "\N{no-break space}") for part in title.split(", ")), 48)
+    return textwrap.fill(", ".join(part.replace(" ", "\N{no-break space}") for part in title.split(", ")), 48,
+                         break_on_hyphens=False)
 
 
 def pixels(image):

@@ -262,7 +262,7 @@ def write_page(out, records, tested, turned, distorted, fits, pairs, images):
            "number of measures after Holm, says less than 5 %."] if pairs else
           ["Not measured: there are no finished runs with and without `--decoder` of as many epochs and the same options "
            "but `--seed`."]),
-        "## What these runs lack",
+        "## What is wrong with these runs",
         "\n".join(f"* {', '.join(folders[:3])}{f' and {len(folders) - 3} more' * (len(folders) > 3)}: {what}"
                   for what, folders in missing(records).items()) or "Nothing."]
     write_atomically(out / "report.md", lambda file: file.write_text("\n\n".join(parts) + "\n", "utf-8", "replace"))

@@ -214,7 +214,7 @@ def test_a_long_stroke_is_no_ruled_line_and_ruled_lines_are_no_strokes():
     assert len(reading.read_picture(saved(sheet)).figures) == 1
     sheet = np.ones((300, 400), np.float32)
     sheet[40::60] = sheet[41::60] = 0.1
-    assert not reading.read_picture(saved(grey(sheet)), LIMITS).figures
+    assert not reading.read_picture(saved(grey(sheet))).figures
 
 
 @pytest.mark.parametrize("stroke", [10, 16, 20])
