@@ -1147,7 +1147,7 @@ SHARED_OPTIONS = {
                        help="folder of the IDX files, or torchvision's; else CAPS_DATA, else ./data"),
     "--device": dict(choices=["auto", "cpu", "cuda"], default="auto", help="where to compute"),
     "--amp": dict(choices=["off", "bf16", "fp16"], default="off", help="mixed precision; fp16 needs CUDA"),
-    "--checkpoint": dict(type=checkpoint_name, default="rescaps", metavar="FILE", help="a run's folder or its last.pt, or "
+    "--checkpoint": dict(type=checkpoint_name, default="alexcaps", metavar="FILE", help="a run's folder or its last.pt, or "
                          "alexcaps or rescaps: trained networks that come along"),
     "--out": dict(type=file_name, metavar="DIR"),
 }

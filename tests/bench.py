@@ -73,7 +73,7 @@ def parse():
     command.add_argument("--finished", action="store_true", help="train nothing: rows of the runs that are finished there")
     command.set_defaults(run=accuracy)
     command = commands.add_parser("pictures", help="digits as people photograph, scan and draw them")
-    command.add_argument("--checkpoint", type=caps.checkpoint_name, default="rescaps")
+    command.add_argument("--checkpoint", type=caps.checkpoint_name, default="alexcaps")
     command.add_argument("--count", type=caps.number(int, 1), default=300, help="pictures of each kind")
     command.add_argument("--fashion", help="folder of Fashion-MNIST's IDX files, for clothes in place of digits")
     command.set_defaults(run=pictures)

@@ -74,11 +74,11 @@ def letters(generator, alphabet="ABCDEFGHJKLMNPQRTUVWXYabcdefhkmnprtuwxy"):
 
 
 def a_kind(name, checkpoint, count, seed=0):
-    """Of `count` digits how many are right as MNIST has them ("plain"), right as pictures of a kind, wrong without a
-    doubt, and doubted; and the `ends` of the right ones."""
+    """Of `count` digits, others for each kind, how many are right as MNIST has them ("plain"), right as pictures of a kind,
+    wrong without a doubt, and doubted; and the `ends` of the right ones."""
     torch.set_num_threads(1)
     model, limits, images, labels = network(checkpoint)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng([seed, list(KINDS).index(name)])
     chosen = generator.permutation(len(images))[:count]
     plain = torch.stack([lengths for lengths, _ in predict.classify(model, list(images[chosen]))]).argmax(1)
     results = [judged(model, saved(KINDS[name](images[i], generator)), limits) for i in chosen]

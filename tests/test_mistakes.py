@@ -503,21 +503,21 @@ def test_weights_that_cannot_be_used(main, finished, wrong):
 def test_networks_that_come_along_have_names(main, finished, monkeypatch, tmp_path):
     """Whatever lies in the working directory, and their evaluations do not lie beside them."""
     data = ["--data-dir", finished.parent / "data"]
-    shutil.copytree(finished, "rescaps")
+    shutil.copytree(finished, "alexcaps")
     for name, path in runs.NETWORKS.items():
         assert caps.parse(["eval", "--checkpoint", name]).checkpoint == str(path)
-    monkeypatch.setitem(runs.NETWORKS, "rescaps", tmp_path / "networks/rescaps.pt")
+    monkeypatch.setitem(runs.NETWORKS, "alexcaps", tmp_path / "networks/alexcaps.pt")
     status, line = main("eval", *data)
-    assert status == 2 and "networks/rescaps.pt: no such checkpoint" in line
+    assert status == 2 and "networks/alexcaps.pt: no such checkpoint" in line
     status, line = main("eval", "--checkpoint", "rescap", *data)
     assert status == 2 and line.startswith("caps: rescap: ") and "alexcaps or rescaps" in line
-    status, line = main("--resume", "alexcaps", *data)
+    status, line = main("--resume", "rescaps", *data)
     assert status == 2 and "holds the network alone" in line
     shutil.copytree(finished, tmp_path / "networks")
-    (tmp_path / "networks/last.pt").rename(tmp_path / "networks/rescaps.pt")
+    (tmp_path / "networks/last.pt").rename(tmp_path / "networks/alexcaps.pt")
     assert main("eval", *data)[0] == 0
-    assert len(list(Path("runs/networks/rescaps").glob("eval-*/summary.json"))) == 1
-    assert main("eval", "--checkpoint", "./rescaps", *data)[0] == 0 and list(Path("rescaps").glob("eval-*"))
+    assert len(list(Path("runs/networks/alexcaps").glob("eval-*/summary.json"))) == 1
+    assert main("eval", "--checkpoint", "./alexcaps", *data)[0] == 0 and list(Path("alexcaps").glob("eval-*"))
 
 
 def test_a_runs_folder_stands_for_its_checkpoint(main, finished):

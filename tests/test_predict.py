@@ -25,7 +25,7 @@ def test_networks_that_come_along(embedded, tmp_path):
     *lines, postcode = result.stdout.splitlines()
     assert result.returncode == 0 and len(lines) == 10 and "postcode.jpg: 72104 " in postcode, result.stderr
     assert all(line.split(".png: ")[1][0] == line.split("-")[1][0] for line in lines)
-    assert "network rescaps, which comes along" in result.stderr
+    assert "network alexcaps, which comes along" in result.stderr
 
 
 def test_predict(trained, embedded, tmp_path):
