@@ -61,9 +61,9 @@ def run(args):
     check_writable(out)
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of classes without images; their places stay empty
     tested, turned, distorted = {}, {}, {}
-    able = [run for run in runs if run.model]
-    print(f"caps: {len(able)} of {len(runs)} run(s) with a network, which is tested again", file=sys.stderr)
-    for run in able:
+    whole = [run for run in runs if run.model]
+    print(f"caps: {len(whole)} of {len(runs)} run(s) with a network, which is tested again", file=sys.stderr)
+    for run in whole:
         try:
             tested[run.title] = test_again(run, args.data_dir, device)
         except UserError as error:

@@ -57,6 +57,29 @@ def small(tmp_path_factory, embedded):
 
 
 @pytest.fixture(scope="session")
+def few(embedded):
+    """few(folder, train images a class, test images a class): a set of embedded images, its four files in `folder`."""
+    def write(folder, train=5, test=2, names=lambda name: name):
+        folder.mkdir(parents=True)
+        for split, images, labels, each in (("train", embedded.train_images, embedded.train_labels, train),
+                                            ("t10k", embedded.test_images, embedded.test_labels, test)):
+            chosen = torch.cat([(labels == c).nonzero()[:each, 0] for c in range(10)])
+            for name, array in zip(FILES[split], (images[chosen, 0], labels[chosen])):
+                write_idx(folder / names(name), array.numpy())
+        return folder
+    return write
+
+
+@pytest.fixture(scope="module")
+def finished(few, tmp_path_factory):
+    """The folder of a finished run on few images, which lie in ../data."""
+    folder = tmp_path_factory.mktemp("finished")
+    few(folder / "data")
+    assert caps.main(["--data-dir", str(folder / "data"), "--epochs", "1", "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The folder of a two-epoch run on the embedded images, made by the command that a newcomer types."""
     cwd = tmp_path_factory.mktemp("trained")
